@@ -19,7 +19,7 @@ _TINY = 1e-12
 
 def unit(v: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
     """Return v / |v| along the last axis. A zero vector stays zero."""
-    return v / v.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(_TINY)
 
 
 def entropy(p: Float[Tensor, "*n c"], eps: float = ENTROPY_EPS) -> Float[Tensor, "*n"]:
@@ -43,7 +43,7 @@ def checked_unit(v: Float[Tensor, "*n d"], *, dim: int | None = None, what: str 
     if dim is not None and v.shape[-1] != dim:
         raise InvalidFeature(f"A {what} has {v.shape[-1]} entries; expected {dim}.")
     v = v.to(torch.float32)
-    norm = v.norm(dim=-1)
+    norm = torch.linalg.vector_norm(v, dim=-1)
     # An overflowing norm means that float32 cannot hold the direction either.
     if not torch.isfinite(norm).all():
         raise InvalidFeature(f"A {what} holds a value that is not finite.")

@@ -1,0 +1,144 @@
+"""One step for the images of one tenant: features in, probabilities and slot writes out.
+
+Images of a batch are taken in order, each as if it had come alone: the batch is scored against the memory before
+it, and the few (image, class) pairs whose slots an earlier image wrote, or the image itself, are read again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .bank import SlotId, Slots
+from .dynamic import Candidate, DynamicMemory, SlotWrite, apply, propose
+from .fusion import fuse
+from .numerics import VIEW_EPS, entropy
+from .projection import project_text
+from .shelves import Shelves
+
+CONFIDENT_SHARE = 0.1
+"""Share of the views, the surest, that give the pseudo-label, Eq. (3)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One image: unit-norm features of its views, view 1 first, its id, and whether the memory may learn it."""
+
+    views: Float[Tensor, "v d"]
+    id: SlotId
+    learn: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answers:
+    """Probabilities of each branch and of their fusion, one row an image, and what each image did to the memory.
+
+    `writes[i]` is the decision on image i, taken or (where it was not to learn) only read through;
+    `seen[i]` is the dynamic memory that its answer was read from, without its own virtual insert.
+    """
+
+    text: Float[Tensor, "n c"]
+    dynamic: Float[Tensor, "n c"]
+    static: Float[Tensor, "n c"] | None
+    fused: Float[Tensor, "n c"]
+    writes: tuple[SlotWrite, ...]
+    seen: tuple[DynamicMemory, ...]
+    memory: DynamicMemory
+
+
+def classify(shelves: Shelves, samples: Sequence[Sample]) -> Answers:
+    """Return the answers to images in order, and the memory after those that learn. `shelves` stays as it is.
+
+    The write comes before the read, Eq. (6): an image that is stored sees itself. One that must not learn sees the
+    memory that its write would have given (a virtual insert).
+    """
+    snapshot = shelves.snapshot
+    x = torch.stack([sample.views[0] for sample in samples])
+    probabilities = _view_probabilities(shelves, samples)
+    candidates = _candidates(samples, torch.stack([confident_mean(p) for p in probabilities]))
+    writes, seen, reads = _decide(snapshot.dynamic, samples, candidates)
+    dynamic, static = shelves.scores(x)
+    _patch(shelves, dynamic, x, reads)
+    text = torch.stack([p[0] for p in probabilities])
+    dynamic = dynamic.softmax(-1)
+    static = None if static is None else static.softmax(-1)
+    return Answers(
+        text=text,
+        dynamic=dynamic,
+        static=static,
+        fused=fuse(text, dynamic, static, snapshot.weights),
+        writes=tuple(writes),
+        seen=tuple(seen),
+        memory=seen[-1],
+    )
+
+
+def confident_mean(views: Float[Tensor, "v c"]) -> Float[Tensor, " c"]:
+    """Return the mean probabilities of the k = max(1, floor(0.1 v)) views of lowest entropy, Eq. (2) and (3).
+
+    Of views with equal entropies the earlier ones are kept.
+    """
+    keep = max(1, int(CONFIDENT_SHARE * len(views)))
+    surest = entropy(views, VIEW_EPS).argsort(stable=True)[:keep]
+    return views[surest].mean(0)
+
+
+def _view_probabilities(shelves: Shelves, samples: Sequence[Sample]) -> tuple[Float[Tensor, "_ c"], ...]:
+    """Return softmax(tau u(t_c + b_t[c]) . x_v) of every view of every image, Eq. (2) and (14)."""
+    snapshot = shelves.snapshot
+    head = project_text(snapshot.text, snapshot.projection)
+    every = torch.cat([sample.views for sample in samples])
+    p = (snapshot.tau * every @ head.T).softmax(-1)
+    return torch.split(p, [len(sample.views) for sample in samples])
+
+
+def _candidates(samples: Sequence[Sample], sure: Float[Tensor, "n c"]) -> list[Candidate]:
+    """Return the images as the memory meets them, Eq. (4): label and entropy of the sure views, feature of view 1."""
+    labels, entropies = sure.argmax(-1).tolist(), entropy(sure).tolist()
+    return [
+        Candidate(label=label, key=sample.views[0], entropy=nats, id=sample.id)
+        for sample, label, nats in zip(samples, labels, entropies, strict=True)
+    ]
+
+
+def _decide(
+    memory: DynamicMemory,
+    samples: Sequence[Sample],
+    candidates: Sequence[Candidate],
+) -> tuple[list[SlotWrite], list[DynamicMemory], dict[tuple[int, int], tuple[Slots, list[int]]]]:
+    """Return each image's write, the memory it leaves, and which images see which class differently from before.
+
+    The last is keyed by class and identity of its slots, so that images that see the same slots are read together.
+    """
+    before = memory.classes
+    writes, seen = [], []
+    reads: dict[tuple[int, int], tuple[Slots, list[int]]] = {}
+    touched: set[int] = set()
+    for i, (sample, candidate) in enumerate(zip(samples, candidates, strict=True)):
+        write = propose(memory, candidate)
+        after = apply(memory, write)
+        for label in touched | {candidate.label}:
+            slots = after.classes[label]
+            if slots is not before[label]:
+                reads.setdefault((label, id(slots)), (slots, []))[1].append(i)
+        if sample.learn:
+            memory = after
+            touched.add(candidate.label)
+        writes.append(write)
+        seen.append(memory)
+    return writes, seen, reads
+
+
+def _patch(
+    shelves: Shelves,
+    dynamic: Float[Tensor, "n c"],
+    x: Float[Tensor, "n d"],
+    reads: dict[tuple[int, int], tuple[Slots, list[int]]],
+) -> None:
+    """Overwrite the scores of the images that see other slots than those on the shelves."""
+    for (label, _), (slots, images) in reads.items():
+        dynamic[images, label] = shelves.patch(label, slots, x[images])

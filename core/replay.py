@@ -1,0 +1,296 @@
+"""A stream of features through the method, exactly in order, without a server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from dataclasses import replace as dc_replace
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .classify import Answers, Sample, classify
+from .dynamic import DynamicMemory, Outcome
+from .errors import InvalidFeature, InvalidStream
+from .fusion import DEFAULT_WEIGHTS, BranchWeights
+from .numerics import checked_unit
+from .projection import Projection
+from .shelves import Shelves
+from .snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Snapshot
+from .static import Shots, StaticMemory
+
+BATCH = 64
+BINS = 15
+DEFAULT_TAU = 100.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """What a stream file holds, checked and with unit-norm features; `labels` and `projection` may be absent."""
+
+    text: Float[Tensor, "c d"]
+    features: Float[Tensor, "n v d"]
+    labels: Int[Tensor, " n"] | None
+    shots: Float[Tensor, "m d"]
+    shot_labels: Int[Tensor, " m"]
+    classnames: tuple[str, ...]
+    projection: Projection | None
+    slots: int
+    beta: float
+    tau: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What overrides the file; None leaves the file's own value or, failing that, the default."""
+
+    slots: int | None = None
+    beta: float | None = None
+    weights: BranchWeights = DEFAULT_WEIGHTS
+    shots: int | None = None
+    seed: int | None = None
+    learn: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """Answers in the file's order, the slot of each image (-1: not stored), the memory at the end."""
+
+    text: Float[Tensor, "n c"]
+    dynamic: Float[Tensor, "n c"]
+    static: Float[Tensor, "n c"] | None
+    fused: Float[Tensor, "n c"]
+    slot: Int[Tensor, " n"]
+    memory: DynamicMemory
+    writes: Mapping[str, int]
+    seconds: float
+
+    def arrays(self) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+        """Return the arrays of an `--out` file."""
+        banks = self.memory.classes
+        entropies = np.zeros((len(banks), self.memory.slots), np.float32)
+        for bank, row in zip(banks, entropies, strict=True):
+            row[: len(bank)] = bank.entropies
+        named = {"text": self.text, "dynamic": self.dynamic, "static": self.static, "fused": self.fused}
+        out = {name: p.numpy() for name, p in named.items() if p is not None}
+        counts = np.array([len(bank) for bank in banks], np.int64)
+        return {**out, "slot": self.slot.numpy(), "counts": counts, "entropies": entropies}
+
+
+def load_stream(path: Path) -> Stream:
+    """Return the stream in an `.npz` file.
+
+    Raises:
+        InvalidStream: the file cannot be read, or an array is missing or does not fit the others.
+    """
+    arrays = _read(path)
+    for name in ("text", "features"):
+        if name not in arrays:
+            raise InvalidStream(f"{path} has no array {name!r}.")
+    try:
+        return _stream(arrays)
+    except InvalidFeature as error:
+        raise InvalidStream(f"{path}: {error}") from error
+
+
+def replay(stream: Stream, options: Options, *, progress: Callable[[int], None] = lambda _: None) -> Replay:
+    """Return what the method answers to a stream, image by image; `progress` hears how many are done."""
+    snapshot = _snapshot(stream, options)
+    order = _order(len(stream.features), options.seed)
+    shelves, parts, slots = Shelves(snapshot), [], torch.full((len(order),), -1)
+    writes = {str(outcome): 0 for outcome in (Outcome.FILLED, Outcome.REPLACED, Outcome.REJECTED)}
+    start = time.perf_counter()
+    for numbers in torch.split(torch.arange(len(order)), BATCH):
+        samples = [Sample(views=stream.features[order[i]], id=i, learn=options.learn) for i in numbers.tolist()]
+        answers = classify(shelves, samples)
+        snapshot = dc_replace(snapshot, dynamic=answers.memory)
+        shelves.advance(snapshot)
+        parts.append(answers)
+        if options.learn:
+            _count(answers, writes, slots, order[numbers])
+        progress(len(samples))
+    seconds = time.perf_counter() - start
+    back = order.argsort()
+    joined = {name: _join(parts, name, back) for name in ("text", "dynamic", "fused")}
+    static = _join(parts, "static", back) if snapshot.static.filled else None
+    return Replay(**joined, static=static, slot=slots, memory=snapshot.dynamic, writes=writes, seconds=seconds)
+
+
+def summary(result: Replay, stream: Stream) -> dict[str, object]:
+    """Return the figures of a replay: accuracies and calibration in percent, writes, rate."""
+    branches = {"text": result.text, "dynamic": result.dynamic, "static": result.static, "fused": result.fused}
+    n = len(result.slot)
+
+    def each(measure: Callable[[Tensor, Tensor], float]) -> dict[str, float | None]:
+        return {
+            name: None if p is None or stream.labels is None else round(measure(p, stream.labels), 4)
+            for name, p in branches.items()
+        }
+
+    return {
+        "n": n,
+        "classes": len(stream.text),
+        "accuracy": each(accuracy),
+        "macro_accuracy": each(macro_accuracy),
+        "ece": each(calibration_error),
+        "writes": dict(result.writes),
+        "images_per_second": round(n / result.seconds, 1) if result.seconds else None,
+    }
+
+
+def accuracy(p: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
+    """Return the share of right answers, in percent."""
+    return 100.0 * (p.argmax(-1) == labels).double().mean().item()
+
+
+def macro_accuracy(p: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
+    """Return the mean over the classes that occur of their share of right answers, in percent."""
+    right = (p.argmax(-1) == labels).double()
+    return 100.0 * torch.stack([right[labels == c].mean() for c in torch.unique(labels)]).mean().item()
+
+
+def calibration_error(p: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
+    """Return the expected calibration error over 15 bins of equal width, in percent."""
+    confidence, predicted = p.double().max(-1)
+    right = (predicted == labels).double()
+    gap = torch.zeros(BINS, dtype=torch.float64)
+    bins = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
+    gap.index_add_(0, bins, right - confidence)
+    return 100.0 * (gap.abs().sum() / len(labels)).item()
+
+
+def _read(path: Path) -> dict[str, NDArray[np.generic]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, BadZipFile, AttributeError) as error:
+        raise InvalidStream(f"{path} cannot be read as a stream (.npz without pickled objects): {error}") from error
+
+
+def _stream(arrays: Mapping[str, NDArray[np.generic]]) -> Stream:
+    text = _features(arrays, "text", ndim=(2,))
+    classes, dim = text.shape
+    features = _features(arrays, "features", ndim=(2, 3), dim=dim)
+    shots = _features(arrays, "shots", ndim=(2,), dim=dim) if "shots" in arrays else text.new_empty(0, dim)
+    if ("shots" in arrays) != ("shot_labels" in arrays):
+        raise InvalidStream("A stream has either both of 'shots' and 'shot_labels' or neither.")
+    return Stream(
+        text=text,
+        features=features if features.ndim == 3 else features[:, None],  # noqa: PLR2004
+        labels=_labels(arrays, "labels", len(features), classes) if "labels" in arrays else None,
+        shots=shots,
+        shot_labels=_labels(arrays, "shot_labels", len(shots), classes) if len(shots) else torch.empty(0).long(),
+        classnames=_names(arrays, classes),
+        projection=_projection(arrays, classes, dim),
+        slots=int(_scalar(arrays, "slots", DEFAULT_SLOTS, least=0)),
+        beta=_scalar(arrays, "beta", DEFAULT_BETA, least=0),
+        tau=_scalar(arrays, "logit_scale", DEFAULT_TAU, least=0),
+    )
+
+
+def _numbers(arrays: Mapping[str, NDArray[np.generic]], name: str, ndim: tuple[int, ...]) -> Tensor:
+    array = arrays[name]
+    if array.dtype.kind not in "fiu" or array.ndim not in ndim or array.size == 0:
+        shape = " or ".join(str(n) for n in ndim)
+        raise InvalidStream(
+            f"Array {name!r} has type {array.dtype} and shape {array.shape}; expected numbers in {shape} dimensions, "
+            "not empty."
+        )
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _features(
+    arrays: Mapping[str, NDArray[np.generic]], name: str, *, ndim: tuple[int, ...], dim: int | None = None
+) -> Tensor:
+    return checked_unit(_numbers(arrays, name, ndim), dim=dim, what=f"row of {name!r}")
+
+
+def _labels(arrays: Mapping[str, NDArray[np.generic]], name: str, count: int, classes: int) -> Tensor:
+    array = arrays[name]
+    if array.dtype.kind not in "iu" or array.shape != (count,):
+        raise InvalidStream(
+            f"Array {name!r} has type {array.dtype} and shape {array.shape}; expected {count} integers."
+        )
+    if count and (array.min() < 0 or array.max() >= classes):
+        raise InvalidStream(f"Array {name!r} holds labels outside 0 to {classes - 1}.")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _names(arrays: Mapping[str, NDArray[np.generic]], classes: int) -> tuple[str, ...]:
+    if "classnames" not in arrays:
+        return tuple(str(c) for c in range(classes))
+    names = arrays["classnames"]
+    if names.dtype.kind not in "US" or names.shape != (classes,):
+        raise InvalidStream(
+            f"Array 'classnames' has type {names.dtype} and shape {names.shape}; expected {classes} names."
+        )
+    return tuple(str(name) for name in names.tolist())
+
+
+def _projection(arrays: Mapping[str, NDArray[np.generic]], classes: int, dim: int) -> Projection | None:
+    given = {field.name for field in fields(Projection) if f"projection_{field.name}" in arrays}
+    if not given:
+        return None
+    offsets = {field.name: torch.zeros(classes, dim) for field in fields(Projection)}
+    for name in given:
+        offset = _numbers(arrays, f"projection_{name}", (2,))
+        if offset.shape != (classes, dim) or not torch.isfinite(offset).all():
+            raise InvalidStream(f"Array 'projection_{name}' must hold {classes} x {dim} finite numbers.")
+        offsets[name] = offset
+    return Projection(**offsets)
+
+
+def _scalar(arrays: Mapping[str, NDArray[np.generic]], name: str, default: float, *, least: float) -> float:
+    if name not in arrays:
+        return default
+    array = arrays[name]
+    if (
+        array.size != 1
+        or array.dtype.kind not in "fiu"
+        or not np.isfinite(value := float(array.item()))
+        or value < least
+    ):
+        raise InvalidStream(f"Scalar {name!r} must be one finite number, at least {least:g}.")
+    return value
+
+
+def _snapshot(stream: Stream, options: Options) -> Snapshot:
+    classes, dim = stream.text.shape
+    slots = stream.slots if options.slots is None else options.slots
+    return Snapshot(
+        text=stream.text,
+        dynamic=DynamicMemory.empty(classes, dim, slots),
+        static=_static(stream, options.shots),
+        projection=stream.projection,
+        tau=stream.tau,
+        beta=stream.beta if options.beta is None else options.beta,
+        weights=options.weights,
+    )
+
+
+def _static(stream: Stream, first: int | None) -> StaticMemory:
+    classes = []
+    for c in range(len(stream.text)):
+        own = (stream.shot_labels == c).nonzero()[:first, 0]
+        classes.append(Shots(keys=stream.shots[own], ids=tuple(own.tolist())))
+    return StaticMemory(classes=tuple(classes))
+
+
+def _order(n: int, seed: int | None) -> Tensor:
+    return torch.arange(n) if seed is None else torch.from_numpy(np.random.default_rng(seed).permutation(n))
+
+
+def _count(answers: Answers, writes: dict[str, int], slots: Tensor, places: Tensor) -> None:
+    for place, write in zip(places.tolist(), answers.writes, strict=True):
+        writes[write.outcome] += 1
+        slots[place] = -1 if write.slot is None else write.slot
+
+
+def _join(parts: list[Answers], name: str, back: Tensor) -> Tensor:
+    return torch.cat([getattr(part, name) for part in parts])[back]

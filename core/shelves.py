@@ -1,0 +1,161 @@
+"""Every class's bank, prepared and kept ready to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .bank import Slots, pack
+from .projection import Projection, project_query
+from .readout import Prepared, prepare, scores
+from .snapshot import Snapshot
+
+_NARROWEST = 4
+_FEWEST_ROWS = 4
+
+
+class Shelves:
+    """A cache of one snapshot's banks, changed in place by one owner.
+
+    Classes of similar size share a shelf, padded to its width, so that padding adds at most a quarter to what is
+    filled, however uneven the classes are. A class that outgrows its shelf moves to the next one.
+    """
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self._shelves: dict[int, _Shelf] = {}
+        self._width_of: dict[int, int] = {}
+        for index in range(len(snapshot.text)):
+            self._put(index)
+
+    def advance(self, snapshot: Snapshot) -> None:
+        """Move on to a later snapshot that differs from the present one in its dynamic slots alone."""
+        before, after = self.snapshot.dynamic.classes, snapshot.dynamic.classes
+        self.snapshot = snapshot
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            if old is not new:
+                self._put(index)
+
+    def scores(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"] | None]:
+        """Return the dynamic and the static scores of every class; no static ones where there is no shot."""
+        names = ("dynamic", "static") if self.snapshot.static.filled else ("dynamic",)
+        out = {name: x.new_empty(len(x), len(self._width_of)) for name in names}
+        for shelf in self._shelves.values():
+            for name, part in self._read(shelf.prepared(), shelf.masks(names), x).items():
+                out[name][:, shelf.classes] = part
+        return out["dynamic"], out.get("static")
+
+    def patch(self, index: int, slots: Slots, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Return the dynamic scores of one class, read as if it held `slots`; nothing is changed."""
+        row, _ = self.snapshot.row(index, slots)
+        bank = pack([row])
+        prepared = prepare(bank, _offsets(self.snapshot.projection, index))
+        return self._read(prepared, {"dynamic": bank.occupied}, x)["dynamic"][:, 0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding and room to grow included."""
+        return sum(shelf.nbytes for shelf in self._shelves.values())
+
+    def _read(
+        self,
+        prepared: Prepared,
+        masks: Mapping[str, Bool[Tensor, "c s"]],
+        x: Float[Tensor, "n d"],
+    ) -> dict[str, Float[Tensor, "n c"]]:
+        query = project_query(x, self.snapshot.projection)
+        return scores(prepared, masks, x, query, beta=self.snapshot.beta, tau=self.snapshot.tau)
+
+    def _put(self, index: int) -> None:
+        row, static = self.snapshot.row(index)
+        width, old = _width(len(row)), self._width_of.get(index)
+        if old is not None and old != width:
+            self._shelves[old].remove(index)
+            if not self._shelves[old].places:
+                del self._shelves[old]
+        shelf = self._shelves.setdefault(width, _Shelf())
+        bank = pack([row], width=width)
+        shelf.put(index, prepare(bank, _offsets(self.snapshot.projection, index)), bank.occupied, static)
+        self._width_of[index] = width
+
+
+class _Shelf:
+    """Prepared rows of one width, compact, in tensors that double when they are full."""
+
+    def __init__(self) -> None:
+        self.places: dict[int, int] = {}
+        self._order: list[int] = []
+        self._arrays: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays.values())
+
+    @property
+    def classes(self) -> Int[Tensor, " c"]:
+        return torch.tensor(self._order, device=self._arrays["keys"].device)
+
+    def prepared(self) -> Prepared:
+        keys, projected = self._filled("keys"), "values" in self._arrays
+        return Prepared(
+            keys=keys,
+            values=self._filled("values") if projected else keys,
+            gram=self._filled("gram"),
+            onto_output=self._filled("onto_output") if projected else None,
+            output=self._filled("output") if projected else None,
+        )
+
+    def masks(self, names: tuple[str, ...]) -> dict[str, Bool[Tensor, "c s"]]:
+        return {name: self._filled(name) for name in names}
+
+    def put(self, index: int, row: Prepared, occupied: Bool[Tensor, "1 s"], static: int) -> None:
+        shots = occupied.clone()
+        shots[:, static:] = False
+        parts = {"keys": row.keys, "gram": row.gram, "dynamic": occupied, "static": shots}
+        if row.onto_output is not None and row.output is not None:
+            parts |= {"values": row.values, "onto_output": row.onto_output, "output": row.output}
+        place = self.places.get(index)
+        if place is None:
+            place = self._append(index)
+        for name, part in parts.items():
+            self._room(name, part)[place] = part[0]
+
+    def remove(self, index: int) -> None:
+        """Drop a class; the last row takes its place."""
+        place, last = self.places.pop(index), self._order.pop()
+        if last == index:
+            return
+        for array in self._arrays.values():
+            array[place] = array[len(self._order)]
+        self._order[place] = last
+        self.places[last] = place
+
+    def _append(self, index: int) -> int:
+        self.places[index] = len(self._order)
+        self._order.append(index)
+        return self.places[index]
+
+    def _room(self, name: str, like: Tensor) -> Tensor:
+        array = self._arrays.get(name, like[:0])
+        if len(array) < len(self._order):
+            grown = like.new_zeros((max(_FEWEST_ROWS, 2 * len(array)), *like.shape[1:]))
+            grown[: len(array)] = array
+            self._arrays[name] = array = grown
+        return array
+
+    def _filled(self, name: str) -> Tensor:
+        return self._arrays[name][: len(self._order)]
+
+
+def _width(filled: int) -> int:
+    step = max(_NARROWEST, 1 << (filled.bit_length() - 3) if filled.bit_length() > 3 else 1)  # noqa: PLR2004
+    return -(-filled // step) * step
+
+
+def _offsets(projection: Projection | None, index: int) -> Projection | None:
+    if projection is None:
+        return None
+    return projection.of(torch.tensor([index], device=projection.key.device))

@@ -1,0 +1,44 @@
+"""A label set's weights and memories as read at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .bank import Slots
+from .dynamic import DynamicMemory
+from .fusion import DEFAULT_WEIGHTS, BranchWeights
+from .projection import Projection
+from .static import StaticMemory
+
+DEFAULT_SLOTS = 50
+DEFAULT_BETA = 5.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """Class weights t_c `c d`, both memories, offsets (None: all zero), and the numbers of a readout.
+
+    `beta` is the affinity's sharpness, `tau` the encoder's logit scale, `weights` those of the fusion.
+    """
+
+    text: Float[Tensor, "c d"]
+    dynamic: DynamicMemory
+    static: StaticMemory
+    projection: Projection | None = None
+    tau: float = 100.0
+    beta: float = DEFAULT_BETA
+    weights: BranchWeights = DEFAULT_WEIGHTS
+
+    def row(self, index: int, slots: Slots | None = None) -> tuple[Float[Tensor, "n d"], int]:
+        """Return what class `index` is read from, Eq. (12), and how many of it the static memory holds, Eq. (13).
+
+        Its text feature and its shots come first, then its dynamic slots, or `slots` in their place.
+        """
+        shots = self.static.classes[index].keys
+        own = self.dynamic.classes[index] if slots is None else slots
+        row = torch.cat((self.text[index : index + 1], shots.to(self.text), own.keys.to(self.text)))
+        return row, 1 + len(shots)
