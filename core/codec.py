@@ -12,7 +12,8 @@ from .errors import IncompatibleMemory
 FEATURE_FORMAT = "f16le"
 """Little-endian half precision; part of every fingerprint, so that formats never mix."""
 
-_BYTES_PER_ENTRY = 2
+FEATURE_BYTES = 2
+"""Bytes an entry of a stored feature."""
 
 
 def encode_feature(feature: Float[Tensor, " d"]) -> bytes:
@@ -26,6 +27,6 @@ def decode_feature(data: bytes, dim: int) -> Float[Tensor, " d"]:
     Raises:
         IncompatibleMemory: the bytes are not those of a feature of size `dim`.
     """
-    if len(data) != _BYTES_PER_ENTRY * dim:
-        raise IncompatibleMemory(f"A stored feature has {len(data)} bytes; expected {_BYTES_PER_ENTRY * dim}.")
+    if len(data) != FEATURE_BYTES * dim:
+        raise IncompatibleMemory(f"A stored feature has {len(data)} bytes; expected {FEATURE_BYTES * dim}.")
     return torch.from_numpy(np.frombuffer(data, "<f2").astype(np.float16))

@@ -19,7 +19,7 @@ _TINY = 1e-12
 
 def unit(v: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
     """Return v / |v| along the last axis. A zero vector stays zero."""
-    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(_TINY)
+    return torch.div(v, torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(_TINY))
 
 
 def entropy(p: Float[Tensor, "*n c"], eps: float = ENTROPY_EPS) -> Float[Tensor, "*n"]:
@@ -28,8 +28,11 @@ def entropy(p: Float[Tensor, "*n c"], eps: float = ENTROPY_EPS) -> Float[Tensor,
 
 
 def affinity(cosine: Float[Tensor, "*n"], beta: float) -> Float[Tensor, "*n"]:
-    """Return exp(-beta (1 - cosine)), Eq. (9); in (0, 1] for cosines up to 1 and beta >= 0."""
-    return torch.exp(-beta * (1.0 - cosine))
+    """Return exp(-beta (1 - cosine)), Eq. (9); in (0, 1] for beta >= 0.
+
+    A cosine that rounding left above 1 counts as 1.
+    """
+    return torch.exp(-beta * (1.0 - cosine).clamp_min(0.0))
 
 
 def checked_unit(v: Float[Tensor, "*n d"], *, dim: int | None = None, what: str = "feature") -> Float[Tensor, "*n d"]:

@@ -1,1 +1,4 @@
-"""Everything around the method: HTTP, tenants, batching, stores, metrics, command line. Imports core, never the reverse."""
+"""Everything around the method: HTTP, tenants, batching, stores, metrics, command line.
+
+It imports core; core never imports it.
+"""

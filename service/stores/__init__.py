@@ -1,0 +1,1 @@
+"""The archive's cellars: where memories are kept, behind one protocol."""

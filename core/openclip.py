@@ -1,0 +1,328 @@
+"""Encoders, all of them through open_clip; no other file imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import io
+import json
+import logging
+import tempfile
+import textwrap
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import open_clip
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from . import lite
+from .encoder import Preprocess
+from .errors import EncoderUnavailable
+from .numerics import unit
+
+_TEXT_CHUNK = 256
+_PROBE_TIMEOUT_S = 5.0
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""What a repository of weights calls them when its entry names no file, in the order of preference."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class OpenClipEncoder:
+    """A frozen open_clip model behind `core.encoder.Encoder`. Its encode methods belong to one worker thread."""
+
+    name: str
+    fingerprint: str
+    dim: int
+    logit_scale: float
+    preprocess: Preprocess
+    device: torch.device
+    _model: Any = field(repr=False)  # a module whose methods open_clip does not type
+    _tokenize: Callable[[list[str]], Tensor] = field(repr=False)
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        """Return unit-norm float32 features on `device`; the uint8 pixels travel there before they are normalised."""
+        if len(pixels) == 0:
+            return torch.zeros(0, self.dim, device=self.device)
+        features = self._model.encode_image(self._normalise(pixels.to(self.device, non_blocking=True)))
+        return unit(features.to(torch.float32))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Return unit-norm float32 features on `device`, (0, D) for no texts."""
+        empty = torch.zeros(0, self.dim, device=self.device)
+        starts = range(0, len(texts), _TEXT_CHUNK)
+        return torch.cat([empty, *(self._encode_chunk(list(texts[i : i + _TEXT_CHUNK])) for i in starts)])
+
+    def _normalise(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
+        mean = torch.tensor(self.preprocess.mean, device=self.device)[:, None, None]
+        std = torch.tensor(self.preprocess.std, device=self.device)[:, None, None]
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def _encode_chunk(self, texts: list[str]) -> Float[Tensor, "n d"]:
+        tokens = _without_padding(self._model, self._tokenize(texts))
+        return unit(self._model.encode_text(tokens.to(self.device)).to(torch.float32))
+
+
+def load(name: str, *, device: torch.device | str = "cpu") -> OpenClipEncoder:
+    """Return the encoder called `name`.
+
+    Args:
+        name: `lite`; `MODEL/PRETRAINED` with open_clip's names, downloaded unless it is in the cache; or `MODEL@FILE`,
+            a checkpoint of that model. `MODEL/PRETRAINED@FILE` reads the file with the preprocessing and the activation
+            that open_clip keeps for PRETRAINED: the way to load a mirrored file.
+        device: where the towers live.
+
+    Raises:
+        EncoderUnavailable: there is no such model, weight or file, it does not fit, or it cannot be downloaded.
+    """
+    with _quiet():
+        architecture, model, tokenize = _lite() if name == "lite" else _pretrained(name)
+    model.eval().requires_grad_(requires_grad=False)
+    preprocess = _preprocess_of(model)
+    dim = _dim_of(model)
+    return OpenClipEncoder(
+        name=name,
+        fingerprint=_fingerprint(architecture, model.state_dict(), preprocess, dim),
+        dim=dim,
+        logit_scale=float(model.logit_scale.exp()),
+        preprocess=preprocess,
+        device=torch.device(device),
+        _model=model.to(device),
+        _tokenize=tokenize,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the three kinds
+
+
+def _lite() -> tuple[str, Any, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "open_clip_config.json").write_text(json.dumps(lite.config()))
+        try:
+            # The text tower's weights come with its folder; the image tower's and the projections follow.
+            model = open_clip.create_model(f"local-dir:{folder}", pretrained_text=True)
+            tokenize = open_clip.tokenizer.HFTokenizer(str(lite.text_folder()), context_length=256)
+        except Exception as error:
+            raise EncoderUnavailable(
+                f"lite was asked for, but its towers do not load ({_reason(error)}); "
+                "install them anew with: pip install --force-reinstall 'dmn-clip-service[lite]'.",
+            ) from error
+    trunk = model.visual.trunk
+    trunk.load_state_dict(lite.image_weights(trunk.state_dict()))
+    model.load_state_dict(lite.projections(), strict=False)
+    return "lite", model, tokenize
+
+
+def _pretrained(name: str) -> tuple[str, Any, Any]:
+    architecture, tag, file = _parse(name)
+    settings = _tag_settings(name, architecture, tag) if tag else {}
+    checkpoint = _local_file(name, file) if file else _download(name, settings)
+    quick = bool(settings.get("quick_gelu", False))
+    try:
+        model = open_clip.create_model(
+            architecture,
+            str(checkpoint),
+            force_quick_gelu=quick,
+            force_preprocess_cfg=settings,
+            pretrained_text=False,
+        )
+        tokenize = open_clip.get_tokenizer(architecture)
+    except Exception as error:
+        raise EncoderUnavailable(
+            f"{name} was asked for, but {checkpoint} does not load as {architecture} ({_reason(error)}); "
+            "name the model that the file was saved from, in safetensors or as plain tensors.",
+        ) from error
+    # The activation is not in the weights, yet features depend on it.
+    suffix = "-quickgelu" if quick and not architecture.endswith("-quickgelu") else ""
+    return architecture + suffix, model, tokenize
+
+
+def _parse(name: str) -> tuple[str, str, str]:
+    """Return model, tag and file, of which the tag or the file may be empty."""
+    source, at, file = name.partition("@")
+    architecture, _, tag = source.partition("/")
+    if not (tag or (at and file)):
+        raise EncoderUnavailable(
+            f"{name or 'An empty name'} was asked for, but an encoder is called MODEL/PRETRAINED, MODEL@FILE or lite; "
+            "for example ViT-B-16/openai.",
+        )
+    known = open_clip.list_models()
+    if architecture not in known:
+        raise EncoderUnavailable(
+            f"{name} was asked for, but open_clip knows no model {architecture!r}; {_nearest(architecture, known)}.",
+        )
+    return architecture, tag, file
+
+
+def _tag_settings(name: str, architecture: str, tag: str) -> dict[str, Any]:
+    settings = open_clip.get_pretrained_cfg(architecture, tag)
+    if not settings:
+        known = open_clip.list_pretrained_tags_by_model(architecture)
+        raise EncoderUnavailable(
+            f"{name} was asked for, but open_clip knows no weights {tag!r} of {architecture}; {_nearest(tag, known)}.",
+        )
+    return dict(settings)
+
+
+def _local_file(name: str, file: str) -> Path:
+    path = Path(file).expanduser()
+    if path.suffix not in _SUFFIXES:
+        raise EncoderUnavailable(
+            f"{name} was asked for, but {path.name} is no checkpoint; give a file that ends in {', '.join(_SUFFIXES)}.",
+        )
+    if not path.is_file():
+        raise EncoderUnavailable(
+            f"{name} was asked for, but there is no file {path}; check the path and that it is mounted and readable.",
+        )
+    return path
+
+
+def _download(name: str, settings: Mapping[str, Any]) -> Path:
+    cached = _cached(str(settings.get("hf_hub", "")))
+    if cached:
+        return cached
+    endpoint = huggingface_hub.constants.ENDPOINT
+    try:
+        _probe(endpoint)
+        return Path(open_clip.download_pretrained(settings))
+    except Exception as error:
+        architecture = name.partition("/")[0]
+        raise EncoderUnavailable(
+            f"{name} was asked for, but its weights are not in the cache and cannot be downloaded from {endpoint} "
+            f"({_reason(error)}); give a file ({name}@FILE or {architecture}@FILE), name a mirror with HF_ENDPOINT, "
+            "or use lite.",
+        ) from error
+
+
+def _cached(location: str) -> Path | None:
+    """Return the weights' file in the hub's cache; looked up first, since pinned weights need no network."""
+    repository, _, filename = location.rpartition("/")
+    for candidate in (filename,) if filename else _WEIGHT_FILES:
+        found = huggingface_hub.try_to_load_from_cache(repository, candidate) if repository else None
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _probe(endpoint: str) -> None:
+    """Return if somebody answers at `endpoint`: the hub's client would try for most of a minute before it gives up.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    request = urllib.request.Request(endpoint, method="HEAD")  # noqa: S310 - the operator's own setting
+    try:
+        urllib.request.urlopen(request, timeout=_PROBE_TIMEOUT_S).close()  # noqa: S310 - as above
+    except urllib.error.HTTPError as answer:
+        answer.close()  # an answer all the same
+
+
+# ------------------------------------------------------------------------------------------------ reading a model
+
+
+def _preprocess_of(model: nn.Module) -> Preprocess:
+    settings = open_clip.get_model_preprocess_cfg(model)
+    size = settings["size"]
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if sides[0] != sides[1]:
+        raise EncoderUnavailable(
+            f"The encoder's input is {sides[0]} x {sides[1]} pixels, but only square inputs are served; "
+            "choose another model.",
+        )
+    return Preprocess(
+        size=int(sides[0]),
+        mean=_channels(settings["mean"]),
+        std=_channels(settings["std"]),
+        interpolation="bilinear" if settings["interpolation"] == "bilinear" else "bicubic",  # as open_clip reads it
+        resize_mode=settings["resize_mode"],
+        fill=int(settings["fill_color"]),
+    )
+
+
+def _channels(value: float | Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = (value,) * 3 if isinstance(value, int | float) else value
+    return float(red), float(green), float(blue)
+
+
+@torch.inference_mode()
+def _dim_of(model: Any) -> int:
+    settings = _preprocess_of(model)
+    return int(model.encode_image(torch.zeros(1, 3, settings.size, settings.size)).shape[-1])
+
+
+def _fingerprint(architecture: str, weights: Mapping[str, Tensor], pre: Preprocess, dim: int) -> str:
+    """Return the sha256, in hex, of all that a feature depends on; weights are read on the CPU, in name order."""
+    digest = hashlib.sha256(json.dumps([architecture, dim, asdict(pre)], sort_keys=True).encode())
+    for key in sorted(weights):
+        value = weights[key].detach().cpu().contiguous()
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        # A view of the bytes, not a copy: NumPy has no bfloat16, so the tensor is read as bytes first.
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _without_padding(model: nn.Module, tokens: Int[Tensor, "n t"]) -> Int[Tensor, "n s"]:
+    """Return the tokens without columns that are padding in every row, where the tower masks padding anyway.
+
+    Sentences fill a tenth of the context, and attention over the rest is most of the work.
+    """
+    pad = getattr(getattr(getattr(model, "text", None), "config", None), "pad_token_id", None)
+    if pad is None:
+        return tokens
+    used = (tokens != pad).any(dim=0).nonzero()
+    return tokens[:, : int(used.max()) + 1] if len(used) else tokens[:, :1]
+
+
+# ---------------------------------------------------------------------------------------------------- sentences
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]).rstrip(".") or type(error).__name__
+    return textwrap.shorten(text, 240, placeholder="...")
+
+
+def _nearest(wrong: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=3, cutoff=0.4) or list(known[:3])
+    return f"near it are {', '.join(close)}" if close else "it has weights from a file only: MODEL@FILE"
+
+
+class _Hush(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        del record
+        return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's, transformers' and the hub's notices, warnings and progress bars off the terminal.
+
+    open_clip logs on the root logger, whose first record would also install a handler for good; the filter stops its
+    records and nobody else's, since a logger's filter does not see what its children pass up.
+    """
+    root, hush, handler = logging.getLogger(), _Hush(), logging.NullHandler()
+    others = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "timm")]
+    levels = [logger.level for logger in others]
+    root.addFilter(hush)
+    root.addHandler(handler)
+    for logger in others:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        root.removeFilter(hush)
+        root.removeHandler(handler)
+        for logger, level in zip(others, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,325 @@
+"""What changes a tenant: its configuration, its shots, its memories. Each change is whole or did not happen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.codec import FEATURE_BYTES, encode_feature
+from core.numerics import entropy
+
+from . import logs
+from .archive import check_fingerprint, stack_features
+from .classify import Fault, check_count, count_faults, each
+from .errors import LimitExceeded, StoreDown, UnknownClass, UnknownShot, UnknownSlot, UnknownTenant
+from .images import ImageFault
+from .rooms import Rooms
+from .stores.base import Conflict, ReloadNeeded, Stamp, StoredMemory, StoredShot, StoredSlot, TenantRecord
+from .tenants import DEFAULT_TENANT, ClassSpec, TenantConfig, checked, class_id, class_name, tenant_name
+
+_TRIES = 5
+_RESCORE_ROWS = 1024
+
+Revise = Callable[[TenantConfig | None], TenantConfig]
+"""From a tenant's configuration (None: there is no such tenant) to the next."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledImage:
+    """An uploaded shot as it came (or why it did not arrive), and the class that it is said to show."""
+
+    label: str
+    image: bytes | ImageFault
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shot:
+    """A stored shot, as its uploader hears of it."""
+
+    id: str
+    label: str
+
+
+async def put_tenant(rooms: Rooms, name: str, config: TenantConfig) -> tuple[TenantRecord, bool]:
+    """Create or replace a tenant, and return it and whether it is new. Classes that stay keep their memories.
+
+    Raises:
+        InvalidRequest, DuplicateClass, LimitExceeded: as `tenants.checked` says.
+    """
+    tidy = checked(config, rooms.settings)
+    return await _change(rooms, tenant_name(name), lambda _: tidy)
+
+
+async def add_classes(rooms: Rooms, tenant: str, added: Sequence[ClassSpec]) -> TenantRecord:
+    """Add classes; the others keep their memories, with labels and entropies as the new label set gives them."""
+    record, _ = await _change(
+        rooms, tenant, lambda old: checked(_must(old, tenant).with_classes(added), rooms.settings)
+    )
+    return record
+
+
+async def remove_class(rooms: Rooms, tenant: str, name: str) -> None:
+    """Remove a class, its slots and its shots."""
+    await _change(rooms, tenant, lambda old: _must(old, tenant).without(class_name(name)))
+
+
+async def delete_tenant(rooms: Rooms, tenant: str) -> None:
+    """Remove a tenant and all that it has. The default tenant comes back without classes.
+
+    Raises:
+        UnknownTenant: there is no such tenant.
+    """
+    async with rooms.archive.exclusive(tenant):
+        found = await rooms.store.delete(tenant)
+        if tenant == DEFAULT_TENANT:
+            await ensure_default(rooms)
+        rooms.archive.drop(tenant)
+    if not found:
+        raise UnknownTenant(f"There is no tenant {tenant!r}.")
+    logs.event(logs.TENANT_CHANGED, tenant=tenant, change="deleted")
+
+
+async def ensure_default(rooms: Rooms) -> None:
+    """Create the default tenant, without classes, where it is missing."""
+    if await rooms.store.get(DEFAULT_TENANT) is None:
+        fingerprint = rooms.encoder.fingerprint
+        await rooms.store.replace(DEFAULT_TENANT, TenantConfig(), fingerprint, expected=None, slots={})
+
+
+async def add_shots(
+    rooms: Rooms, tenant: str, labelled: Sequence[LabelledImage], *, deadline: float, bounded: bool = True
+) -> tuple[list[Shot | Fault], Stamp]:
+    """Store labelled images, and return each one's id or fault, and where the memory is then.
+
+    `bounded` holds the call to the limit of images a call. All good images are stored at once, or none is.
+
+    Raises:
+        UnknownTenant, UnknownClass, LimitExceeded, TooManyImages, QueueFull: nothing was stored.
+    """
+    if bounded:
+        check_count(len(labelled), rooms.settings)
+    record = await rooms.archive.record(tenant)
+    for label in {one.label for one in labelled}:
+        record.config.spec(label)
+    walks: list[StoredShot | Fault] = []
+    step = min(rooms.settings.batch_images, rooms.settings.queue_images)
+    for start in range(0, len(labelled), step):
+        part = labelled[start : start + step]
+        with rooms.batcher.admit(len(part)):
+            keep = record.config.retention == "images"
+            walks += await each([_walk(rooms, one, deadline, keep=keep) for one in part], rooms, deadline)
+    count_faults(rooms, walks)
+    stamp = await _store_shots(rooms, tenant, [shot for shot in walks if isinstance(shot, StoredShot)])
+    told = [
+        Shot(id=walked.id, label=one.label) if isinstance(walked, StoredShot) else walked
+        for walked, one in zip(walks, labelled, strict=True)
+    ]
+    return told, stamp
+
+
+async def remove_shot(rooms: Rooms, tenant: str, shot: str) -> None:
+    """Remove one shot.
+
+    Raises:
+        UnknownTenant, UnknownShot: it is not there.
+    """
+    await rooms.archive.record(tenant)
+    async with rooms.archive.exclusive(tenant):
+        removed = await rooms.store.remove_shots(tenant, [shot])
+        rooms.archive.drop(tenant)
+    if not removed:
+        raise UnknownShot(f"There is no shot {shot!r}.")
+
+
+async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
+    """Remove every shot of a class.
+
+    Raises:
+        UnknownTenant, UnknownClass: there is no such class.
+    """
+    spec = (await rooms.archive.record(tenant)).config.spec(class_name(label))
+    async with rooms.archive.exclusive(tenant):
+        stored = await load(rooms, tenant)
+        await rooms.store.remove_shots(tenant, [shot.id for shot in stored.shots.get(spec.id, ())])
+        rooms.archive.drop(tenant)
+
+
+async def reset(rooms: Rooms, tenant: str, *, dynamic: bool, static: bool, classes: Sequence[str] | None) -> Stamp:
+    """Empty one or both memories, of the named classes or of all, and return where the memory is then.
+
+    Raises:
+        UnknownTenant, UnknownClass: nothing was emptied.
+    """
+    record = await rooms.archive.record(tenant)
+    ids = None if classes is None else [record.config.spec(class_name(name)).id for name in classes]
+    async with rooms.archive.exclusive(tenant):
+        stamp = await rooms.store.reset(tenant, dynamic=dynamic, static=static, class_ids=ids)
+        rooms.archive.drop(tenant)
+    if stamp is None:
+        raise UnknownTenant(f"There is no tenant {tenant!r}.")
+    logs.event(logs.MEMORY_RESET, tenant=tenant, dynamic=dynamic, static=static, classes=ids and len(ids))
+    return stamp
+
+
+async def purge(rooms: Rooms, tenant: str, label: str, slot: str) -> None:
+    """Remove one dynamic slot; the same image cannot come back to it within this epoch.
+
+    Raises:
+        UnknownTenant, UnknownClass, UnknownSlot: it is not there.
+    """
+    spec = (await rooms.archive.record(tenant)).config.spec(class_name(label))
+    async with rooms.archive.exclusive(tenant):
+        removed = await rooms.store.purge(tenant, spec.id, slot)
+        rooms.archive.drop(tenant)
+    if not removed:
+        raise UnknownSlot(f"The class {label!r} holds no slot {slot!r}.")
+
+
+async def load(rooms: Rooms, tenant: str) -> StoredMemory:
+    """Return everything that the store holds of a tenant.
+
+    Raises:
+        UnknownTenant: there is no such tenant.
+    """
+    stored = await rooms.store.load(tenant)
+    if stored is None:
+        raise UnknownTenant(f"There is no tenant {tenant!r}.")
+    return stored
+
+
+async def _change(rooms: Rooms, tenant: str, revise: Revise) -> tuple[TenantRecord, bool]:
+    """Replace a tenant's configuration by what `revise` makes of it; again if another writer was faster."""
+    for _ in range(_TRIES):
+        async with rooms.archive.exclusive(tenant):
+            stored = await rooms.store.load(tenant)
+            config = revise(None if stored is None else stored.record.config)
+            if stored is None:
+                await _check_room(rooms)
+            try:
+                stamp = await _replace(rooms, tenant, stored, config)
+            except Conflict:
+                continue
+            rooms.archive.drop(tenant)
+        logs.event(logs.TENANT_CHANGED, tenant=tenant, change="configured", classes=len(config.classes))
+        fingerprint = rooms.encoder.fingerprint
+        return TenantRecord(name=tenant, config=config, fingerprint=fingerprint, stamp=stamp), stored is None
+    raise StoreDown("The tenant keeps changing under the call.", retry_after_s=1.0)
+
+
+async def _replace(rooms: Rooms, tenant: str, stored: StoredMemory | None, config: TenantConfig) -> Stamp:
+    fingerprint = rooms.encoder.fingerprint
+    if stored is not None and stored.record.fingerprint != fingerprint:
+        # Features of another encoder are of no use to this one: the tenant starts anew.
+        await rooms.store.delete(tenant)
+        stored = None
+    slots = {} if stored is None else await _carried(rooms, stored, config)
+    expected = None if stored is None else stored.record.stamp
+    return await rooms.store.replace(tenant, config, fingerprint, expected=expected, slots=slots)
+
+
+async def _carried(rooms: Rooms, stored: StoredMemory, config: TenantConfig) -> Mapping[str, Sequence[StoredSlot]]:
+    """Return the slots of the classes that stay, re-scored where the label set changed, the best of each."""
+    stay = {spec.id for spec in config.classes}
+    slots = {own: bank for own, bank in stored.slots.items() if own in stay and bank}
+    if slots and config.labelling != stored.record.config.labelling:
+        text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
+        slots = await rooms.worker.run(_rescored, slots, config, text, rooms.encoder.logit_scale)
+        logs.event(logs.MEMORY_RESCORED, tenant=stored.record.name, slots=sum(map(len, slots.values())))
+    return {own: sorted(bank, key=lambda slot: (slot.entropy, slot.id))[: config.slots] for own, bank in slots.items()}
+
+
+def _rescored(
+    slots: Mapping[str, Sequence[StoredSlot]], config: TenantConfig, text: Tensor, tau: float
+) -> dict[str, tuple[StoredSlot, ...]]:
+    """Return every slot under the label and entropy that the new label set gives its feature, Eq. (4)."""
+    known = [slot for bank in slots.values() for slot in bank]
+    features = stack_features(known, text.shape[-1]).to(text)
+    out: dict[str, dict[str, StoredSlot]] = {}
+    for part, old in zip(torch.split(features, _RESCORE_ROWS), _chunks(known, _RESCORE_ROWS), strict=True):
+        p = (tau * part @ text.T).softmax(-1)
+        for slot, label, nats in zip(old, p.argmax(-1).tolist(), entropy(p).tolist(), strict=True):
+            bank = out.setdefault(config.classes[label].id, {})
+            bank[slot.id] = StoredSlot(id=slot.id, entropy=nats, feature=slot.feature)
+    return {own: tuple(bank.values()) for own, bank in out.items()}
+
+
+def _chunks(known: Sequence[StoredSlot], size: int) -> list[Sequence[StoredSlot]]:
+    return [known[start : start + size] for start in range(0, len(known), size)]
+
+
+async def _walk(rooms: Rooms, one: LabelledImage, deadline: float, *, keep: bool) -> StoredShot:
+    if isinstance(one.image, ImageFault):
+        raise one.image
+    timings: dict[str, float] = {}
+    with rooms.metrics.stage("decode", timings):
+        developed = await rooms.darkroom.develop(one.image)
+    feature = (await rooms.batcher.encode(developed.pixels, deadline=deadline, timings=timings))[0]
+    own = class_id(one.label)
+    return StoredShot(
+        id=hashlib.sha256(f"{own}/{developed.digest}".encode()).hexdigest()[:20],
+        class_id=own,
+        feature=await rooms.worker.run(encode_feature, feature),
+        image=one.image if keep else None,
+    )
+
+
+async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -> Stamp:
+    for _ in range(_TRIES):
+        async with rooms.archive.exclusive(tenant):
+            stored = await load(rooms, tenant)
+            check_fingerprint(stored.record, rooms.encoder.fingerprint)
+            _check_limits(rooms, stored, shots)
+            try:
+                stamp = await rooms.store.add_shots(tenant, stored.record.stamp, shots)
+            except ReloadNeeded:
+                continue
+            rooms.archive.drop(tenant)
+            return stamp
+    raise StoreDown("The tenant keeps changing under the call.", retry_after_s=1.0)
+
+
+def _check_limits(rooms: Rooms, stored: StoredMemory, shots: Sequence[StoredShot]) -> None:
+    """Return if the new ones among the shots fit.
+
+    Raises:
+        UnknownClass: a class was removed meanwhile.
+        LimitExceeded: a class would have too many shots, or the tenant too many bytes.
+    """
+    names = {spec.id: spec.name for spec in stored.record.config.classes}
+    held = {own: {shot.id for shot in bank} for own, bank in stored.shots.items()}
+    new = {shot.id: shot for shot in shots if shot.id not in held.get(shot.class_id, ())}
+    for own in {shot.class_id for shot in new.values()}:
+        if own not in names:
+            raise UnknownClass("A class of these shots was removed while they were read.")
+        count = len(held.get(own, ())) + sum(shot.class_id == own for shot in new.values())
+        if count > rooms.settings.max_shots:
+            raise LimitExceeded(
+                f"The class {names[own]!r} would have {count} shots; at most {rooms.settings.max_shots} are allowed."
+            )
+    total = held_bytes(stored, rooms.encoder.dim) + sum(shot.nbytes for shot in new.values())
+    if new and total > rooms.settings.tenant_max_bytes:
+        raise LimitExceeded(
+            f"The tenant would hold {total} bytes; at most {rooms.settings.tenant_max_bytes} are allowed."
+        )
+
+
+def held_bytes(stored: StoredMemory, dim: int) -> int:
+    """Return the bytes of features and kept images that count against a tenant's limit."""
+    slots = sum(len(bank) for bank in stored.slots.values())
+    return slots * dim * FEATURE_BYTES + sum(shot.nbytes for bank in stored.shots.values() for shot in bank)
+
+
+async def _check_room(rooms: Rooms) -> None:
+    limit = rooms.settings.max_tenants
+    if len(await rooms.store.names(after="", limit=limit)) >= limit:
+        raise LimitExceeded(f"There are {limit} tenants; no more are allowed.")
+
+
+def _must(config: TenantConfig | None, tenant: str) -> TenantConfig:
+    if config is None:
+        raise UnknownTenant(f"There is no tenant {tenant!r}.")
+    return config

@@ -1,0 +1,170 @@
+"""Bodies -> images: multipart, raw, base64 in JSON, and zips of folders."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import PurePosixPath
+
+from fastapi import Request
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from ..adapt import LabelledImage
+from ..errors import InvalidRequest, LimitExceeded, TooManyImages, UnsupportedBody
+from ..images import ImageFault, ImageUnreadable
+from ..settings import Settings
+from .schemas import ClassifyIn
+
+Images = list[bytes | ImageFault]
+
+_MULTIPART = "multipart/form-data"
+_ZIP = ("application/zip", "application/x-zip-compressed")
+_ZIP_START = b"PK\x03\x04"
+_LEFT_OVER = ("__MACOSX", ".DS_Store", "Thumbs.db")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upload:
+    """Labelled images of one call; `zipped` ones may be more than a call's usual number."""
+
+    labelled: list[LabelledImage]
+    zipped: bool = False
+
+
+async def read_images(request: Request, settings: Settings) -> Images:
+    """Return the images of a classify call, in order.
+
+    Raises:
+        UnsupportedBody: the content type is none that the route takes.
+        InvalidRequest: the body is malformed or holds no image.
+        TooManyImages: it holds too many.
+    """
+    kind = _kind(request)
+    if kind == _MULTIPART:
+        async with request.form(max_files=_most(settings), max_fields=_most(settings)) as form:
+            return await _files(form, settings)
+    if kind.startswith("image/"):
+        return [await request.body()]
+    if kind == "application/json":
+        return await asyncio.to_thread(_from_json, await request.body(), settings)
+    raise UnsupportedBody(
+        f"The content type {kind[:100]!r} is not taken here. Send multipart/form-data with `images`, a raw image/* "
+        "body, or application/json with base64."
+    )
+
+
+async def read_shots(request: Request, settings: Settings) -> Upload:
+    """Return the labelled images of an upload: multipart `label` and `images`, or a zip of folders named by class.
+
+    Raises:
+        UnsupportedBody, InvalidRequest, TooManyImages, LimitExceeded: as for `read_images`.
+    """
+    kind = _kind(request)
+    if kind in _ZIP:
+        return await _unzipped(await request.body(), settings)
+    if kind != _MULTIPART:
+        raise UnsupportedBody("Send multipart/form-data with `label` and `images`, or an application/zip body.")
+    async with request.form(max_files=_most(settings), max_fields=_most(settings)) as form:
+        images = await _files(form, settings)
+        labels = form.getlist("label")
+    if not labels and len(images) == 1 and isinstance(images[0], bytes) and images[0].startswith(_ZIP_START):
+        return await _unzipped(images[0], settings)
+    if len(labels) != 1 or not isinstance(labels[0], str):
+        raise InvalidRequest("An upload has one text field `label`, the class that its images show.")
+    return Upload(labelled=[LabelledImage(label=labels[0], image=image) for image in images])
+
+
+def _kind(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _most(settings: Settings) -> int:
+    # Beyond this the parser itself gives up; up to it we can say how many were too many.
+    return settings.max_images + 1000
+
+
+async def _files(form: FormData, settings: Settings) -> Images:
+    parts = form.getlist("images")
+    if not parts:
+        raise InvalidRequest("The multipart body has no part named `images`.")
+    _check_count(len(parts), settings)
+    if not all(isinstance(part, UploadFile) for part in parts):
+        raise InvalidRequest("Each part named `images` must be a file: give it a file name.")
+    return [await part.read() for part in parts if isinstance(part, UploadFile)]
+
+
+def _from_json(body: bytes, settings: Settings) -> Images:
+    try:
+        call = ClassifyIn.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"]) or "body"
+        raise InvalidRequest(f"{place}: {first['msg']}.") from error
+    if not call.images:
+        raise InvalidRequest("The body names no images.")
+    _check_count(len(call.images), settings)
+    return [_from_base64(image.data) for image in call.images]
+
+
+def _from_base64(data: str) -> bytes | ImageFault:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        return ImageUnreadable("The image's `data` is not valid base64.")
+
+
+async def _unzipped(body: bytes, settings: Settings) -> Upload:
+    labelled = await asyncio.to_thread(_unzip, body, settings)
+    if not labelled:
+        raise InvalidRequest("The zip holds no files in folders; put each class's images into a folder of its name.")
+    return Upload(labelled=labelled, zipped=True)
+
+
+def _unzip(body: bytes, settings: Settings) -> list[LabelledImage]:
+    try:
+        with zipfile.ZipFile(BytesIO(body)) as archive:
+            entries = _entries(archive.infolist(), settings)
+            return [_entry(archive, label, info, settings) for label, info in entries]
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, zlib.error, OSError) as error:
+        raise InvalidRequest(f"The zip cannot be read: {error}.") from error
+
+
+def _entries(infos: Sequence[zipfile.ZipInfo], settings: Settings) -> list[tuple[str, zipfile.ZipInfo]]:
+    """Return the label and entry of every file, by what the archive's directory says, before any is unpacked."""
+    files = [
+        info for info in infos if not info.is_dir() and not set(PurePosixPath(info.filename).parts) & set(_LEFT_OVER)
+    ]
+    if len(files) > settings.max_zip_images:
+        raise TooManyImages(f"The zip holds {len(files)} files; at most {settings.max_zip_images} are allowed.")
+    total = sum(info.file_size for info in files)
+    if total > settings.max_zip_bytes:
+        raise LimitExceeded(f"The zip unpacks to {total} bytes; at most {settings.max_zip_bytes} are allowed.")
+    out = []
+    for info in files:
+        if info.file_size > settings.max_zip_ratio * max(1, info.compress_size):
+            raise LimitExceeded(f"A file in the zip unpacks to over {settings.max_zip_ratio:g} times its size.")
+        path = PurePosixPath(info.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in info.filename:
+            raise InvalidRequest("The zip holds a path that leads out of it.")
+        if len(path.parts) < 2:  # noqa: PLR2004 - a folder and a file
+            raise InvalidRequest("Each file of the zip must lie in a folder named by its class.")
+        out.append((path.parts[-2], info))
+    return out
+
+
+def _entry(archive: zipfile.ZipFile, label: str, info: zipfile.ZipInfo, settings: Settings) -> LabelledImage:
+    with archive.open(info) as file:
+        # One byte more than allowed is enough for the darkroom to refuse it; the directory may have lied.
+        return LabelledImage(label=label, image=file.read(settings.max_image_bytes + 1))
+
+
+def _check_count(images: int, settings: Settings) -> None:
+    if images > settings.max_images:
+        raise TooManyImages(f"The call holds {images} images; at most {settings.max_images} are allowed.")

@@ -1,0 +1,143 @@
+"""`POST /classify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from torch import Tensor
+
+from ..classify import ClassifyCall, Fault, classify
+from ..desk import Explanation, Reading
+from ..idempotency import digest_of
+from ..rooms import Rooms
+from ..stores.base import Remembered
+from .bodies import Images, read_images
+from .deps import DeadlineDep, KeyDep, LedgerDep, RoomsDep, TenantDep, json_answer, response_of, stamp_out, unless_gone
+from .problems import AllFailed, problem_of
+from .schemas import (
+    ClassifyIn,
+    ClassifyOut,
+    ExplainOut,
+    LearnedOut,
+    PredictionOut,
+    ReadoutsOut,
+    ScoreOut,
+    ShotTraceOut,
+    SlotTraceOut,
+)
+
+router = APIRouter(tags=["classify"])
+
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
+_BODY = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {"schema": {"type": "object", "properties": {"images": _FILES}, "required": ["images"]}},
+        "image/*": {"schema": {"type": "string", "format": "binary"}},
+        "application/json": {"schema": ClassifyIn.model_json_schema(ref_template="#/components/schemas/{model}")},
+    },
+}
+
+
+@router.post(
+    "/classify",
+    response_model=ClassifyOut,
+    summary="Classify images, and learn from them",
+    openapi_extra={"requestBody": _BODY},
+)
+async def post_classify(
+    request: Request,
+    rooms: RoomsDep,
+    ledger: LedgerDep,
+    tenant: TenantDep,
+    deadline: DeadlineDep,
+    key: KeyDep = None,
+    top_k: Annotated[int, Query(ge=1, le=10_000, description="classes to name for each image")] = 5,
+    learn: Annotated[bool, Query(description="let the dynamic memory take the images")] = True,  # noqa: FBT002
+    views: Annotated[int, Query(ge=1, description="views of each image, the plain one included")] = 1,
+    explain: Annotated[bool, Query(description="name the slots and shots behind each answer")] = False,  # noqa: FBT002
+) -> Response:
+    """Answer images in order; one that fails carries its own problem."""
+    images = await read_images(request, rooms.settings)
+    call = ClassifyCall(tenant=tenant, images=images, learn=learn, views=views, explain=explain, deadline=deadline)
+    digest = digest_of(("classify", f"{top_k} {learn} {views} {explain}", *_contents(images)))
+    return await unless_gone(request, _answer(rooms, ledger, call, key, digest, top_k))
+
+
+async def _answer(
+    rooms: Rooms, ledger: LedgerDep, call: ClassifyCall, key: str | None, digest: str, top_k: int
+) -> Response:
+    headers: dict[str, str] = {}
+
+    async def once() -> Remembered:
+        results = await classify(rooms, call)
+        readings = [result for result in results if isinstance(result, Reading)]
+        if not readings:
+            raise AllFailed([result for result in results if not isinstance(result, Reading)])
+        headers["Server-Timing"] = _server_timing(readings)
+        latest = max(reading.stamp for reading in readings)
+        told = ClassifyOut(
+            tenant=call.tenant,
+            model=rooms.encoder.name,
+            predictions=[_told(result, top_k) for result in results],
+            memory=stamp_out(latest),
+        )
+        return json_answer(told, digest)
+
+    return response_of(await ledger.once(call.tenant, key, digest, once), headers)
+
+
+def _told(result: Reading | Fault, top_k: int) -> PredictionOut:
+    if isinstance(result, Reading):
+        return _prediction(result, top_k)
+    return PredictionOut(
+        label=None, score=None, top=None, readouts=None, learned=None, explain=None, error=problem_of(result)
+    )
+
+
+def _prediction(reading: Reading, top_k: int) -> PredictionOut:
+    scores, order = reading.fused.topk(min(top_k, len(reading.names)))
+    top = [
+        ScoreOut(label=reading.names[c], score=score) for c, score in zip(order.tolist(), scores.tolist(), strict=True)
+    ]
+    return PredictionOut(
+        label=top[0].label,
+        score=top[0].score,
+        top=top,
+        readouts=ReadoutsOut(
+            text=_first(reading, reading.text),
+            dynamic=_first(reading, reading.dynamic),
+            static=None if reading.static is None else _first(reading, reading.static),
+        ),
+        learned=LearnedOut(**asdict(reading.learned)),
+        explain=None if reading.explanation is None else _explained(reading.explanation),
+        error=None,
+    )
+
+
+def _first(reading: Reading, p: Tensor) -> ScoreOut:
+    score, c = p.max(-1)
+    return ScoreOut(label=reading.names[int(c)], score=float(score))
+
+
+def _explained(explanation: Explanation) -> ExplainOut:
+    return ExplainOut(
+        dynamic=[
+            SlotTraceOut(label=one.label, slot=one.id, affinity=one.affinity, entropy=one.entropy or 0.0)
+            for one in explanation.dynamic
+        ],
+        static=[ShotTraceOut(label=one.label, shot=one.id, affinity=one.affinity) for one in explanation.static],
+    )
+
+
+def _contents(images: Images) -> list[bytes | str]:
+    return [image if isinstance(image, bytes) else str(image) for image in images]
+
+
+def _server_timing(readings: list[Reading]) -> str:
+    """Return each stage's longest time among the images, in milliseconds."""
+    stages = ("decode", "queue", "encode", "memory", "store")
+    longest = {stage: max(reading.timings.get(stage, 0.0) for reading in readings) for stage in stages}
+    return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in longest.items())

@@ -1,0 +1,128 @@
+"""What routes are handed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Header, Query, Request, Response
+from pydantic import BaseModel
+
+from ..auth import named_tenant
+from ..errors import InvalidRequest
+from ..idempotency import Ledger
+from ..rooms import Rooms
+from ..stores.base import Remembered, Stamp
+from .schemas import StampOut
+
+T = TypeVar("T")
+
+GONE = 499
+"""Status, seen in logs and metrics alone, of calls whose client left."""
+
+
+def _rooms(request: Request) -> Rooms:
+    rooms: Rooms = request.app.state.rooms
+    return rooms
+
+
+def _ledger(request: Request) -> Ledger:
+    ledger: Ledger = request.app.state.ledger
+    return ledger
+
+
+def _tenant(
+    x_tenant: Annotated[str | None, Header(description="tenant, if not the default one")] = None,
+    tenant: Annotated[str | None, Query(description="the same as `X-Tenant`")] = None,
+) -> str:
+    return named_tenant(x_tenant, tenant)
+
+
+def _deadline(
+    rooms: Annotated[Rooms, Depends(_rooms)],
+    x_deadline_ms: Annotated[float | None, Header(gt=0, lt=1e9, description="milliseconds the answer may take")] = None,
+) -> float:
+    given = rooms.settings.deadline_ms if x_deadline_ms is None else min(x_deadline_ms, rooms.settings.deadline_ms)
+    return rooms.clock() + given / 1000
+
+
+RoomsDep = Annotated[Rooms, Depends(_rooms)]
+LedgerDep = Annotated[Ledger, Depends(_ledger)]
+TenantDep = Annotated[str, Depends(_tenant)]
+DeadlineDep = Annotated[float, Depends(_deadline)]
+KeyDep = Annotated[str | None, Header(alias="Idempotency-Key", description="one answer for all retries of a call")]
+LimitDep = Annotated[int, Query(ge=1, le=1000, description="items a page")]
+CursorDep = Annotated[str | None, Query(description="`next` of the page before")]
+
+
+def stamp_out(stamp: Stamp) -> StampOut:
+    """Return where a memory is, as answers say it."""
+    return StampOut(version=stamp.version, epoch=stamp.epoch, state="fresh")
+
+
+def json_answer(model: BaseModel, digest: str, status: int = 200) -> Remembered:
+    """Return a model as an answer that can be kept."""
+    body = model.model_dump_json().encode()
+    return Remembered(digest=digest, status=status, media_type="application/json", body=body)
+
+
+def response_of(answer: Remembered, headers: dict[str, str] | None = None) -> Response:
+    """Return a kept answer as it was."""
+    return Response(answer.body, status_code=answer.status, media_type=answer.media_type, headers=headers)
+
+
+def page(items: Sequence[T], limit: int, cursor: str | None, key: Callable[[T], str]) -> tuple[list[T], str | None]:
+    """Return the items after a cursor, `limit` of them, and the cursor of the next page. `items` are in order.
+
+    Raises:
+        InvalidRequest: the cursor was not one of ours, or its item is gone.
+    """
+    start = 0
+    if cursor is not None:
+        after = cursor_key(cursor)
+        found = next((i for i, item in enumerate(items) if key(item) == after), None)
+        if found is None:
+            raise InvalidRequest("The item of this cursor is gone; start from the first page.")
+        start = found + 1
+    part = list(items[start : start + limit])
+    more = start + limit < len(items)
+    return part, cursor_of(key(part[-1])) if more else None
+
+
+def cursor_of(key: str) -> str:
+    """Return an opaque cursor that stands after a key."""
+    return base64.urlsafe_b64encode(key.encode()).decode()
+
+
+def cursor_key(cursor: str) -> str:
+    """Return the key that a cursor stands after.
+
+    Raises:
+        InvalidRequest: the cursor was not one of ours.
+    """
+    try:
+        return base64.b64decode(cursor, altchars=b"-_", validate=True).decode()
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest("The cursor is not one that this service gave.") from error
+
+
+async def unless_gone(request: Request, work: Coroutine[object, object, Response]) -> Response:
+    """Return the work's answer, or drop the work as soon as the client leaves. The body must have been read."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=GONE)
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(receive: Callable[[], Awaitable[object]]) -> None:
+    while True:
+        message = await receive()
+        if isinstance(message, dict) and message["type"] == "http.disconnect":
+            return

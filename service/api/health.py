@@ -1,0 +1,64 @@
+"""Probes, metrics and what is running. None of them needs a key but `/metrics`, once keys are asked for."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import torch
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from ..errors import StoreDown
+from ..rooms import Rooms
+from .deps import RoomsDep
+from .schemas import CheckOut, LiveOut, ReadyOut, VersionOut
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez", summary="Whether the process is alive")
+async def live() -> LiveOut:
+    """Answer; that is all that liveness means."""
+    return LiveOut(live=True)
+
+
+@router.get("/readyz", summary="Whether traffic may be sent here", responses={503: {"model": ReadyOut}})
+async def ready(rooms: RoomsDep, response: Response) -> ReadyOut:
+    """Return 200 if images can be classified now, else 503, with each reason."""
+    checks = {
+        "encoder": CheckOut(ok=True, detail=rooms.encoder.name),
+        "store": await _store(rooms),
+        "draining": CheckOut(ok=not rooms.batcher.leaving, detail="stopping" if rooms.batcher.leaving else "no"),
+    }
+    fine = all(check.ok for check in checks.values())
+    response.status_code = 200 if fine else 503
+    return ReadyOut(ready=fine, checks=checks)
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+async def metrics(rooms: RoomsDep) -> Response:
+    """Return all metrics in Prometheus's text format."""
+    device = rooms.encoder.device
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    rooms.metrics.device_bytes.set(held)
+    return Response(generate_latest(rooms.metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@router.get("/version", summary="What is running")
+async def show_version(rooms: RoomsDep) -> VersionOut:
+    """Return the versions of the service and of its encoder."""
+    return VersionOut(
+        version=version("dmn-clip-service"),
+        encoder=rooms.encoder.name,
+        fingerprint=rooms.encoder.fingerprint,
+        device=str(rooms.encoder.device),
+        store=rooms.settings.store,
+    )
+
+
+async def _store(rooms: Rooms) -> CheckOut:
+    try:
+        await rooms.store.ping()
+    except StoreDown as error:
+        return CheckOut(ok=False, detail=error.detail)
+    return CheckOut(ok=True, detail=rooms.settings.store)

@@ -1,0 +1,185 @@
+"""`/memory`: both memories of a tenant, its shots, its slots."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from .. import adapt
+from ..classify import Fault
+from ..errors import InvalidRequest
+from ..idempotency import digest_of
+from ..rooms import Rooms
+from ..stores.base import Remembered, StoredMemory
+from ..tenants import class_name
+from .bodies import Upload, read_shots
+from .deps import (
+    CursorDep,
+    DeadlineDep,
+    KeyDep,
+    LedgerDep,
+    LimitDep,
+    RoomsDep,
+    TenantDep,
+    json_answer,
+    page,
+    response_of,
+    stamp_out,
+    unless_gone,
+)
+from .problems import AllFailed, problem_of
+from .schemas import (
+    DynamicClassOut,
+    DynamicOut,
+    MemoryOut,
+    ShotItemOut,
+    ShotListOut,
+    ShotOut,
+    ShotsOut,
+    SlotItemOut,
+    SlotListOut,
+    StaticClassOut,
+    StaticOut,
+)
+
+router = APIRouter(prefix="/memory", tags=["memory"])
+
+_UPLOAD = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "label": {"type": "string"},
+                    "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                },
+                "required": ["label", "images"],
+            }
+        },
+        "application/zip": {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+
+
+@router.get("", summary="Look at both memories")
+async def get_memory(rooms: RoomsDep, tenant: TenantDep) -> MemoryOut:
+    """Return counts and entropies of every class, and where the memory is in its life."""
+    return _memory_out(rooms, await adapt.load(rooms, tenant))
+
+
+@router.get("/dynamic/{name:path}", summary="Look at the slots of a class")
+async def list_slots(
+    rooms: RoomsDep, tenant: TenantDep, name: str, limit: LimitDep = 100, cursor: CursorDep = None
+) -> SlotListOut:
+    """Return a page of a class's dynamic slots, the surest first."""
+    stored = await adapt.load(rooms, tenant)
+    spec = stored.record.config.spec(class_name(name))
+    slots = sorted(stored.slots.get(spec.id, ()), key=lambda slot: (slot.entropy, slot.id))
+    part, more = page(slots, limit, cursor, lambda slot: slot.id)
+    return SlotListOut(items=[SlotItemOut(slot=slot.id, entropy=slot.entropy) for slot in part], next=more)
+
+
+@router.delete("/dynamic/{name:path}/{slot}", status_code=204, summary="Purge a slot")
+async def purge_slot(rooms: RoomsDep, tenant: TenantDep, name: str, slot: str) -> None:
+    """Remove one dynamic slot; its image cannot come back before the next reset."""
+    await adapt.purge(rooms, tenant, name, slot)
+
+
+@router.get("/static", summary="List the shots")
+async def list_shots(
+    rooms: RoomsDep, tenant: TenantDep, limit: LimitDep = 100, cursor: CursorDep = None
+) -> ShotListOut:
+    """Return a page of shots, class after class."""
+    stored = await adapt.load(rooms, tenant)
+    shots = [
+        ShotItemOut(id=shot.id, label=spec.name)
+        for spec in stored.record.config.classes
+        for shot in stored.shots.get(spec.id, ())
+    ]
+    part, more = page(shots, limit, cursor, lambda shot: shot.id)
+    return ShotListOut(items=part, next=more)
+
+
+@router.post(
+    "/static",
+    status_code=201,
+    response_model=ShotsOut,
+    summary="Upload labelled shots",
+    openapi_extra={"requestBody": _UPLOAD},
+)
+async def post_shots(
+    request: Request,
+    rooms: RoomsDep,
+    ledger: LedgerDep,
+    tenant: TenantDep,
+    deadline: DeadlineDep,
+    key: KeyDep = None,
+) -> Response:
+    """Store labelled images; one that fails carries its own problem, and the others are stored at once."""
+    upload = await read_shots(request, rooms.settings)
+    return await unless_gone(request, _store(rooms, ledger, tenant, upload, deadline, key))
+
+
+@router.delete("/static", status_code=204, summary="Remove every shot of a class")
+async def remove_label(
+    rooms: RoomsDep, tenant: TenantDep, label: Annotated[str | None, Query(description="the class")] = None
+) -> None:
+    """Remove the shots of one class."""
+    if label is None:
+        raise InvalidRequest("Say which shots: DELETE /memory/static/{id}, or DELETE /memory/static?label=CLASS.")
+    await adapt.remove_label(rooms, tenant, label)
+
+
+@router.delete("/static/{shot}", status_code=204, summary="Remove a shot")
+async def remove_shot(rooms: RoomsDep, tenant: TenantDep, shot: str) -> None:
+    """Remove one shot."""
+    await adapt.remove_shot(rooms, tenant, shot)
+
+
+async def _store(
+    rooms: Rooms, ledger: LedgerDep, tenant: str, upload: Upload, deadline: float, key: str | None
+) -> Response:
+    labelled = [adapt.LabelledImage(label=class_name(one.label), image=one.image) for one in upload.labelled]
+    contents = (part for one in labelled for part in (one.label, one.image if isinstance(one.image, bytes) else b""))
+    digest = digest_of(("shots", *contents))
+
+    async def once() -> Remembered:
+        results, stamp = await adapt.add_shots(rooms, tenant, labelled, deadline=deadline, bounded=not upload.zipped)
+        faults = [result for result in results if not isinstance(result, adapt.Shot)]
+        if len(faults) == len(results):
+            raise AllFailed(faults)
+        shots = [_shot_out(one.label, result) for one, result in zip(labelled, results, strict=True)]
+        return json_answer(ShotsOut(shots=shots, memory=stamp_out(stamp)), digest, 201)
+
+    return response_of(await ledger.once(tenant, key, digest, once))
+
+
+def _shot_out(label: str, result: adapt.Shot | Fault) -> ShotOut:
+    if isinstance(result, adapt.Shot):
+        return ShotOut(id=result.id, label=label, error=None)
+    return ShotOut(id=None, label=label, error=problem_of(result))
+
+
+def _memory_out(rooms: Rooms, stored: StoredMemory) -> MemoryOut:
+    record, classes = stored.record, stored.record.config.classes
+    banks = [(spec.name, stored.slots.get(spec.id, ())) for spec in classes]
+    return MemoryOut(
+        tenant=record.name,
+        fingerprint=record.fingerprint,
+        epoch=record.stamp.epoch,
+        version=record.stamp.version,
+        bytes=adapt.held_bytes(stored, rooms.encoder.dim),
+        dynamic=DynamicOut(
+            slots=record.config.slots,
+            classes=[
+                DynamicClassOut(label=name, count=len(bank), entropies=sorted(slot.entropy for slot in bank))
+                for name, bank in banks
+            ],
+        ),
+        static=StaticOut(
+            classes=[StaticClassOut(label=spec.name, count=len(stored.shots.get(spec.id, ()))) for spec in classes]
+        ),
+        projections=None,
+    )

@@ -1,0 +1,103 @@
+"""The outermost step: an id and a log line for each request, a limit on its body, and no error that is no problem."""
+
+from __future__ import annotations
+
+import logging
+import re
+from time import perf_counter
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .. import logs
+from ..metrics import Metrics
+from .problems import problem, problem_response
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+_NOT_LOGGED = frozenset(("/livez", "/readyz", "/metrics"))
+
+
+class Porch:
+    """ASGI middleware; `metrics` are looked up for each request, since the rooms open after the app is made."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let one request through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        own_id = _request_id(Headers(scope=scope))
+        token = logs.request_id.set(own_id)
+        start, visit = perf_counter(), _Visit(send, own_id)
+        try:
+            await self._let_in(scope, receive, visit)
+        except Exception as error:  # noqa: BLE001 - the last one who can turn it into an answer
+            logs.event(logs.FAILED, level=logging.ERROR, error=error)
+            if not visit.status:
+                await problem_response(problem("internal", "An unexpected error occurred."))(scope, receive, visit.send)
+        finally:
+            self._record(scope, visit.status or 500, perf_counter() - start)
+            logs.request_id.reset(token)
+
+    async def _let_in(self, scope: Scope, receive: Receive, visit: _Visit) -> None:
+        told = Headers(scope=scope).get("content-length", "")
+        if told.isdigit() and int(told) > self._max_body_bytes:
+            await problem_response(problem("body-too-large", self._too_large()))(scope, receive, visit.send)
+            return
+        await self._app(scope, self._bounded(receive), visit.send)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Count the body as it comes, whatever its length was said to be."""
+        seen = 0
+
+        async def bounded() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max_body_bytes:
+                # The one exception that FastAPI's own body parsing lets through.
+                raise HTTPException(413, self._too_large())
+            return message
+
+        return bounded
+
+    def _too_large(self) -> str:
+        return f"The body has more than the {self._max_body_bytes} bytes that are allowed."
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        metrics: Metrics = scope["app"].state.rooms.metrics
+        metrics.requests.labels(method, route, str(status)).inc()
+        metrics.request_seconds.labels(route).observe(seconds)
+        if route not in _NOT_LOGGED:
+            logs.event(logs.REQUEST, method=method, route=route, status=status, ms=round(1000 * seconds, 1))
+
+
+class _Visit:
+    """Remembers the status of an answer, and adds the request's id to it."""
+
+    def __init__(self, send: Send, own_id: str) -> None:
+        self._send, self._id = send, own_id
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["X-Request-ID"] = self._id
+        await self._send(message)
+
+
+def _request_id(headers: Headers) -> str:
+    """Return the caller's own id for this request where it is a sane one, or a new one."""
+    given = headers.get("x-request-id", "")
+    if _REQUEST_ID.fullmatch(given):
+        return given
+    trace = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    return trace[1] if trace else uuid4().hex

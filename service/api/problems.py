@@ -1,0 +1,127 @@
+"""Errors as RFC 9457 problems, and the page that each problem type's URI leads to."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from http import HTTPStatus
+
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
+
+from .. import logs
+from ..classify import Fault
+from ..errors import PROBLEMS, InvalidRequest, NotFound, ServiceError
+from ..images import ImageFault
+from .schemas import Problem
+
+MEDIA_TYPE = "application/problem+json"
+
+router = APIRouter(tags=["problems"])
+
+_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 415: "unsupported-media-type"}
+
+
+def problem_of(fault: Fault) -> Problem:
+    """Return what a caller is told of a fault."""
+    retry_after = fault.retry_after_s if isinstance(fault, ServiceError) else None
+    return problem(fault.slug, str(fault), retry_after=retry_after)
+
+
+def problem(slug: str, detail: str, *, retry_after: float | None = None, **more: object) -> Problem:
+    """Return a problem of a type; `retry_after` in seconds."""
+    kind = PROBLEMS[slug]
+    return Problem(
+        type=f"/problems/{slug}",
+        title=kind.title,
+        status=kind.status,
+        detail=detail,
+        request_id=logs.request_id.get(),
+        retry_after=retry_after,
+        **more,
+    )
+
+
+def problem_response(told: Problem, headers: dict[str, str] | None = None) -> Response:
+    """Return a problem as an answer, with `Retry-After` where waiting helps."""
+    extra = {} if told.retry_after is None else {"Retry-After": str(math.ceil(told.retry_after))}
+    body = told.model_dump_json(exclude_none=True)
+    return Response(body, status_code=told.status, media_type=MEDIA_TYPE, headers={**(headers or {}), **extra})
+
+
+class AllFailed(Exception):
+    """No image of a call was answered: the call fails with the first one's problem, and names each one's own."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        super().__init__(f"{len(faults)} images failed")
+        self.faults = faults
+
+
+def _all_failed(faults: Sequence[Fault]) -> Response:
+    told = [problem_of(fault) for fault in faults]
+    errors = [{"index": i, "problem": one.model_dump(exclude_none=True)} for i, one in enumerate(told)]
+    return problem_response(told[0].model_copy(update={"errors": errors}))
+
+
+def register(app: FastAPI) -> None:
+    """Make every error of the app a problem."""
+
+    @app.exception_handler(ServiceError)
+    async def _refused(request: Request, error: ServiceError) -> Response:
+        rejected = request.app.state.rooms.metrics.rejected
+        rejected.labels(error.slug).inc()
+        return problem_response(problem_of(error))
+
+    @app.exception_handler(ImageFault)
+    async def _bad_image(_: Request, error: ImageFault) -> Response:
+        return problem_response(problem_of(error))
+
+    @app.exception_handler(AllFailed)
+    async def _no_answer(_: Request, error: AllFailed) -> Response:
+        return _all_failed(error.faults)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> Response:
+        return await _refused(request, InvalidRequest(_sentences(error)))
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> Response:
+        slug = _BY_STATUS.get(error.status_code, "invalid-request")
+        detail = str(error.detail)
+        if slug == "not-found":
+            detail = f"There is no route {request.url.path[:200]!r}."
+        if slug == "method-not-allowed":
+            detail = f"{request.method[:20]} is not allowed here."
+        return problem_response(problem(slug, detail), headers=dict(error.headers or {}))
+
+
+@router.get("/problems/{slug}", response_class=HTMLResponse, summary="What a problem type means and what to do")
+async def page(slug: str) -> HTMLResponse:
+    """Return the page of a problem type."""
+    kind = PROBLEMS.get(slug)
+    if kind is None:
+        raise NotFound(f"There is no problem type {slug[:100]!r}.")
+    status = f"{kind.status} {HTTPStatus(kind.status).phrase}"
+    parts = (html.escape(part) for part in (kind.title, status, slug, kind.meaning, kind.remedy))
+    return HTMLResponse(_PAGE.format(*parts))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{0}</title>
+<style>body{{font:1.1rem/1.5 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem}}
+code{{background:#8882;padding:.1em .3em}}</style></head>
+<body><h1>{0}</h1><p><code>{1}</code> <code>{2}</code></p><p>{3}</p>
+<p><strong>What to do:</strong> {4}</p></body></html>
+"""
+
+
+def _sentences(error: RequestValidationError) -> str:
+    """Return what is wrong with a request, field by field."""
+    told = []
+    for one in error.errors()[:10]:
+        place = ".".join(str(part) for part in one["loc"])
+        told.append(f"{place}: {one['msg']}.")
+    return " ".join(told) or "The request is not valid."

@@ -1,0 +1,65 @@
+"""`/tenants`: who there is, and with which classes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from .. import adapt
+from ..auth import named_tenant
+from ..idempotency import digest_of
+from ..stores.base import Remembered
+from .deps import CursorDep, KeyDep, LedgerDep, LimitDep, RoomsDep, cursor_key, cursor_of, json_answer, response_of
+from .schemas import AddClassesIn, TenantIn, TenantNameOut, TenantOut, TenantsOut, specs
+
+router = APIRouter(prefix="/tenants", tags=["tenants"])
+
+
+@router.get("", summary="List the tenants")
+async def list_tenants(rooms: RoomsDep, limit: LimitDep = 100, cursor: CursorDep = None) -> TenantsOut:
+    """Return a page of tenants, by name."""
+    after = "" if cursor is None else cursor_key(cursor)
+    names = list(await rooms.store.names(after=after, limit=limit + 1))
+    more = cursor_of(names[limit - 1]) if len(names) > limit else None
+    return TenantsOut(items=[TenantNameOut(tenant=name) for name in names[:limit]], next=more)
+
+
+@router.put("/{tenant}", summary="Create or replace a tenant", responses={201: {"model": TenantOut}})
+async def put_tenant(rooms: RoomsDep, tenant: str, body: TenantIn, response: Response) -> TenantOut:
+    """Create a tenant (201) or replace its configuration (200); classes that stay keep their memories."""
+    record, created = await adapt.put_tenant(rooms, tenant, body.config())
+    response.status_code = 201 if created else 200
+    return TenantOut.of(record.name, record.config)
+
+
+@router.get("/{tenant}", summary="Look at a tenant")
+async def get_tenant(rooms: RoomsDep, tenant: str) -> TenantOut:
+    """Return a tenant's configuration."""
+    record = await rooms.archive.record(named_tenant(tenant, None))
+    return TenantOut.of(record.name, record.config)
+
+
+@router.delete("/{tenant}", status_code=204, summary="Remove a tenant and its memories")
+async def delete_tenant(rooms: RoomsDep, tenant: str) -> None:
+    """Remove a tenant with all that it has; the default one comes back without classes."""
+    await adapt.delete_tenant(rooms, named_tenant(tenant, None))
+
+
+@router.post("/{tenant}/classes", status_code=201, response_model=TenantOut, summary="Add classes")
+async def add_classes(
+    rooms: RoomsDep, ledger: LedgerDep, tenant: str, body: AddClassesIn, key: KeyDep = None
+) -> Response:
+    """Add classes while running; the others keep their memories."""
+    name = named_tenant(tenant, None)
+    digest = digest_of(("classes", body.model_dump_json()))
+
+    async def once() -> Remembered:
+        record = await adapt.add_classes(rooms, name, specs(body.classes))
+        return json_answer(TenantOut.of(record.name, record.config), digest, 201)
+
+    return response_of(await ledger.once(name, key, digest, once))
+
+
+@router.delete("/{tenant}/classes/{name:path}", status_code=204, summary="Remove a class and its memories")
+async def remove_class(rooms: RoomsDep, tenant: str, name: str) -> None:
+    """Remove a class while running; the others keep their memories."""
+    await adapt.remove_class(rooms, named_tenant(tenant, None), name)

@@ -1,0 +1,142 @@
+"""Where everything is wired: the one place that picks concrete classes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
+
+import torch
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from core import openclip
+from core.encoder import Encoder
+
+from . import adapt, logs
+from .api import admin, classify, health, memory, problems, tenants
+from .api.porch import Porch
+from .archive import Archive
+from .batching import Batcher
+from .darkroom import Darkroom
+from .desk import Desk
+from .idempotency import Ledger
+from .images import ImageLimits
+from .metrics import Metrics
+from .rooms import Rooms
+from .settings import Settings
+from .stores.base import MemoryStore
+from .stores.memory import InProcessStore
+from .texts import TextFeatures
+from .worker import Worker, choose_device
+
+NAME = "dmn-clip-service"
+
+
+def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
+    """Return the web application; without open rooms it opens its own when it starts, and closes them when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            furnished = await stack.enter_async_context(open_rooms(settings)) if rooms is None else rooms
+            app.state.rooms, app.state.ledger = furnished, Ledger(furnished.store)
+            yield
+
+    app = FastAPI(
+        title=NAME,
+        version=version(NAME),
+        summary="An online image classifier that remembers: Dual Memory Networks over frozen CLIP encoders.",
+        lifespan=lifespan,
+    )
+    app.add_middleware(Porch, max_body_bytes=settings.max_body_bytes)
+    problems.register(app)
+    for part in (classify, tenants, memory, admin, health, problems):
+        app.include_router(part.router)
+    return app
+
+
+@asynccontextmanager
+async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> AsyncIterator[Rooms]:
+    """Furnish the rooms, and take them down again: work in flight first, then the worker, then the store.
+
+    Raises:
+        EncoderUnavailable: the encoder cannot be had.
+        ValueError: the device cannot be used.
+    """
+    worker = Worker()
+    try:
+        device = choose_device(settings.device)
+        loaded = encoder
+        if loaded is None:
+            loaded = await worker.run(openclip.load, settings.encoder, device=device)
+        rooms = _furnish(settings, loaded, worker, _store(settings))
+        await worker.run(_warm_up, loaded)
+        await adapt.ensure_default(rooms)
+        rooms.batcher.start()
+        logs.event(logs.STARTED, encoder=loaded.name, device=str(loaded.device), store=settings.store)
+        yield rooms
+        await rooms.batcher.aclose()
+        await rooms.desk.drain()
+        rooms.darkroom.close()
+        await rooms.store.aclose()
+        logs.event(logs.STOPPED)
+    finally:
+        worker.close()
+
+
+def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore) -> Rooms:
+    metrics, clock = Metrics(CollectorRegistry()), time.monotonic
+    metrics.build_info.labels(version(NAME), encoder.name, encoder.fingerprint[:12]).set(1)
+    limits = ImageLimits(
+        max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
+    )
+    batcher = Batcher(
+        worker,
+        encoder.encode_images,
+        metrics,
+        clock,
+        batch_images=settings.batch_images,
+        queue_images=settings.queue_images,
+        wait_s=settings.batch_wait_ms / 1000,
+    )
+    texts = TextFeatures(worker, encoder.encode_texts, max_bytes=settings.text_cache_bytes)
+    archive = Archive(
+        store,
+        encoder,
+        texts,
+        worker,
+        metrics,
+        clock,
+        max_bytes=settings.hot_memory_bytes,
+        sync_s=settings.sync_ms / 1000,
+    )
+    return Rooms(
+        settings=settings,
+        encoder=encoder,
+        worker=worker,
+        darkroom=Darkroom(encoder.preprocess, limits, threads=settings.decode_workers),
+        batcher=batcher,
+        texts=texts,
+        store=store,
+        archive=archive,
+        desk=Desk(archive, store, worker, metrics, tenant_max_bytes=settings.tenant_max_bytes),
+        metrics=metrics,
+        clock=clock,
+    )
+
+
+def _store(settings: Settings) -> MemoryStore:
+    return InProcessStore(
+        clock=time.monotonic,
+        remember_s=settings.idempotency_ttl_s,
+        remember_bytes=settings.idempotency_max_bytes,
+    )
+
+
+def _warm_up(encoder: Encoder) -> None:
+    """Run both towers once, so that the first caller does not pay for what is set up lazily."""
+    size = encoder.preprocess.size
+    encoder.encode_images(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    encoder.encode_texts(["a photo."])

@@ -1,0 +1,232 @@
+"""The shuttle: images of all tenants into encode batches, one result or one error an image.
+
+The queue is bounded in images times views and checked before anything is decoded. A batch goes as soon as the device
+is free; while it is busy the next one gathers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import logs
+from .errors import DeadlineExceeded, Draining, Internal, InvalidRequest, QueueFull, ServiceError
+from .metrics import Metrics
+from .worker import Worker
+
+_RATE_MEMORY = 0.8
+_LONGEST_RETRY_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Item:
+    """One image's views on their way to the device."""
+
+    pixels: Tensor
+    deadline: float
+    queued: float
+    timings: dict[str, float]
+    future: asyncio.Future[Tensor] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Batcher:
+    """Collects pixels until the device is free, encodes them together, and hands each caller its own."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        encode: Callable[[Tensor], Tensor],
+        metrics: Metrics,
+        clock: Callable[[], float],
+        *,
+        batch_images: int,
+        queue_images: int,
+        wait_s: float,
+    ) -> None:
+        self._worker, self._encode, self._metrics, self._clock = worker, encode, metrics, clock
+        self._batch_images, self._queue_images, self._wait_s = batch_images, queue_images, wait_s
+        self._waiting: deque[_Item] = deque()
+        self._arrived = asyncio.Event()
+        self._taken = 0
+        self._rate = 0.0
+        self._loop: asyncio.Task[None] | None = None
+        self.leaving = False
+        """Whether readiness is off: the balancer should stop sending, and what still comes is answered."""
+        self.draining = False
+        """Whether new work is refused."""
+
+    def start(self) -> None:
+        """Start to take batches."""
+        self._loop = asyncio.create_task(self._run(), name="dmn-batcher")
+
+    async def aclose(self) -> None:
+        """Stop; images that still wait are told that the server is going down."""
+        self.draining = True
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+        for item in self._waiting:
+            if not item.future.done():
+                item.future.set_exception(Draining("The server is stopping."))
+        self._waiting.clear()
+
+    @property
+    def taken(self) -> int:
+        """Images times views that are in the server."""
+        return self._taken
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Hold room for images times views until they are answered.
+
+        Raises:
+            Draining: the server is going down.
+            QueueFull: there is no room now; says when there may be.
+            InvalidRequest: there is never room for so many.
+        """
+        if self.draining:
+            raise Draining("The server is stopping and takes nothing new.", retry_after_s=1.0)
+        if images > self._queue_images:
+            raise InvalidRequest(
+                f"The call holds {images} images times views; the server takes in {self._queue_images} at most."
+            )
+        if self._taken + images > self._queue_images:
+            raise QueueFull(
+                f"{self._taken} images are in the server, which takes in {self._queue_images}.",
+                retry_after_s=self.retry_after_s(),
+            )
+        self._take(images)
+        try:
+            yield
+        finally:
+            self._take(-images)
+
+    def retry_after_s(self) -> float:
+        """Return the seconds until what is in the server will be done, by the measured rate; at least 1."""
+        seconds = self._taken / self._rate if self._rate else 1.0
+        return float(min(_LONGEST_RETRY_S, max(1.0, math.ceil(seconds))))
+
+    async def encode(self, pixels: Tensor, *, deadline: float, timings: dict[str, float]) -> Tensor:
+        """Return the features (v, d) of an image's views (v, 3, h, w).
+
+        Raises:
+            DeadlineExceeded: the device was not free before the deadline.
+            Internal: this very image cannot be encoded.
+        """
+        item = _Item(pixels=pixels, deadline=deadline, queued=self._clock(), timings=timings)
+        self._waiting.append(item)
+        self._count_waiting()
+        self._arrived.set()
+        return await item.future
+
+    async def _run(self) -> None:
+        while True:
+            await self._arrived.wait()
+            if self._wait_s:
+                await self._fill()
+            batch = self._next_batch()
+            if batch:
+                try:
+                    await self._deliver(batch)
+                except Exception as error:  # noqa: BLE001 - the loop must outlive any batch
+                    logs.event(logs.BATCH_FAILED, level=logging.ERROR, error=error)
+                    _fail(batch)
+
+    async def _fill(self) -> None:
+        """Wait for a full batch, no longer than the setting says, counted from the first image."""
+        ends = self._waiting[0].queued + self._wait_s if self._waiting else 0.0
+        while sum(len(item.pixels) for item in self._waiting) < self._batch_images:
+            self._arrived.clear()
+            left = ends - self._clock()
+            if left <= 0:
+                return
+            try:
+                await asyncio.wait_for(self._arrived.wait(), left)
+            except TimeoutError:
+                return
+
+    def _next_batch(self) -> list[_Item]:
+        """Take images up to a full batch, passing over those that nobody waits for or that are late."""
+        batch: list[_Item] = []
+        room, now = self._batch_images, self._clock()
+        while self._waiting and (len(self._waiting[0].pixels) <= room or not batch):
+            item = self._waiting.popleft()
+            if item.future.done():
+                continue
+            if now > item.deadline:
+                item.future.set_exception(DeadlineExceeded("The image was still waiting when its deadline passed."))
+                continue
+            batch.append(item)
+            room -= len(item.pixels)
+        if not self._waiting:
+            self._arrived.clear()
+        self._count_waiting()
+        return batch
+
+    async def _deliver(self, batch: list[_Item]) -> None:
+        start = self._clock()
+        for item in batch:
+            self._metrics.observe_stage("queue", start - item.queued, item.timings)
+        size = sum(len(item.pixels) for item in batch)
+        self._metrics.batch_images.observe(size)
+        results = await self._worker.run(encode_each, self._encode, [item.pixels for item in batch])
+        seconds = self._clock() - start
+        self._learn_rate(size / max(seconds, 1e-6))
+        for item, result in zip(batch, results, strict=True):
+            self._metrics.observe_stage("encode", seconds, item.timings)
+            if item.future.done():
+                continue
+            if isinstance(result, ServiceError):
+                item.future.set_exception(result)
+            else:
+                item.future.set_result(result)
+
+    def _learn_rate(self, rate: float) -> None:
+        self._rate = _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate if self._rate else rate
+
+    def _take(self, images: int) -> None:
+        self._taken += images
+        self._metrics.inflight_images.set(self._taken)
+
+    def _count_waiting(self) -> None:
+        self._metrics.queue_images.set(sum(len(item.pixels) for item in self._waiting))
+
+
+def _fail(batch: Sequence[_Item]) -> None:
+    for item in batch:
+        if not item.future.done():
+            item.future.set_exception(Internal("The batch of this image failed."))
+
+
+def encode_each(encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> list[Tensor | ServiceError]:
+    """Return the features of every image, or its own error.
+
+    A batch that does not fit the device is halved; one that fails otherwise is halved too, until the guilty image
+    stands alone. Its neighbours never hear of it.
+    """
+    try:
+        return list(torch.split(encode(torch.cat(list(images))), [len(pixels) for pixels in images]))
+    except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the neighbours
+        if len(images) > 1:
+            logs.event(logs.BATCH_HALVED, images=len(images), reason=type(error).__name__)
+            middle = len(images) // 2
+            return encode_each(encode, images[:middle]) + encode_each(encode, images[middle:])
+        return _alone(encode, images[0], error)
+
+
+def _alone(encode: Callable[[Tensor], Tensor], views: Tensor, error: Exception) -> list[Tensor | ServiceError]:
+    """Encode the views of one image in halves if there is too little room for all, else blame the image."""
+    if isinstance(error, torch.OutOfMemoryError) and len(views) > 1:
+        parts = [encode_each(encode, [half])[0] for half in views.chunk(2)]
+        failed = next((part for part in parts if isinstance(part, ServiceError)), None)
+        return [failed or torch.cat([part for part in parts if isinstance(part, Tensor)])]
+    logs.event(logs.BATCH_FAILED, level=logging.ERROR, error=error)
+    return [Internal("The encoder failed on this image.")]

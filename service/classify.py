@@ -1,0 +1,146 @@
+"""The hall: one call through all rooms. The only place that knows their order.
+
+bytes ──darkroom──> pixels ──batcher──> features ──desk──> reading
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from .desk import Question, Reading
+from .errors import DeadlineExceeded, LimitExceeded, NoClasses, ServiceError, TooManyImages
+from .images import ImageFault
+from .rooms import Rooms
+from .settings import Settings
+
+T = TypeVar("T")
+
+Fault = ServiceError | ImageFault
+"""Why one image has no answer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifyCall:
+    """What a caller asks: images as they came, in order (or why one did not arrive), and how to answer.
+
+    `deadline` is a moment of the rooms' clock.
+    """
+
+    tenant: str
+    images: Sequence[bytes | ImageFault]
+    learn: bool
+    views: int
+    explain: bool
+    deadline: float
+
+
+async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
+    """Return a reading or a fault for each image, in order; one image's fault never fails its neighbours.
+
+    Raises:
+        ServiceError: the whole call is refused, and nothing was decoded.
+    """
+    check_count(len(call.images), rooms.settings)
+    if call.views > rooms.settings.max_views:
+        raise LimitExceeded(f"{call.views} views were asked for; at most {rooms.settings.max_views} are allowed.")
+    with rooms.batcher.admit(len(call.images) * call.views):
+        await _check_tenant(rooms, call.tenant)
+        encoded = await each([_encode(rooms, call, image) for image in call.images], rooms, call.deadline)
+        # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
+        results = await each([_read(rooms, call, one) for one in encoded], rooms, call.deadline)
+    count_faults(rooms, results)
+    return results
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Encoded:
+    """An image on its way to the desk, and the seconds it took so far, by stage."""
+
+    question: Question
+    timings: dict[str, float]
+
+
+async def _encode(rooms: Rooms, call: ClassifyCall, image: bytes | ImageFault) -> _Encoded:
+    if isinstance(image, ImageFault):
+        raise image
+    timings: dict[str, float] = {}
+    with rooms.metrics.stage("decode", timings):
+        developed = await rooms.darkroom.develop(image, views=call.views)
+    features = await rooms.batcher.encode(developed.pixels, deadline=call.deadline, timings=timings)
+    question = Question(views=features, digest=developed.digest, learn=call.learn, explain=call.explain)
+    return _Encoded(question=question, timings=timings)
+
+
+async def _read(rooms: Rooms, call: ClassifyCall, encoded: _Encoded | Fault) -> Reading:
+    if not isinstance(encoded, _Encoded):
+        raise encoded
+    reading = await rooms.desk.ask(call.tenant, encoded.question)
+    reading.timings.update(encoded.timings)
+    rooms.metrics.predictions.labels(_agreement(reading)).inc()
+    return reading
+
+
+async def each(walks: Sequence[Coroutine[object, object, T]], rooms: Rooms, deadline: float) -> list[T | Fault]:
+    """Return what each image's walk returns, or its own fault; those not done by the deadline are given up.
+
+    Raises:
+        ServiceError: a fault of the whole call, such as a store that is down, met by every image.
+    """
+    results = await asyncio.gather(*(_in_time(walk, rooms, deadline) for walk in walks), return_exceptions=True)
+    out: list[T | Fault] = []
+    for result in results:
+        if isinstance(result, ServiceError | ImageFault):
+            out.append(result)
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            out.append(result)
+    return out
+
+
+def count_faults(rooms: Rooms, results: Sequence[object]) -> None:
+    """Count the images that failed, by problem."""
+    for result in results:
+        if isinstance(result, ServiceError | ImageFault):
+            rooms.metrics.image_errors.labels(result.slug).inc()
+
+
+def check_count(images: int, settings: Settings) -> None:
+    """Return if a call may hold so many images.
+
+    Raises:
+        TooManyImages: it may not.
+    """
+    if images > settings.max_images:
+        raise TooManyImages(f"The call holds {images} images; at most {settings.max_images} are allowed.")
+
+
+async def _in_time(walk: Coroutine[object, object, T], rooms: Rooms, deadline: float) -> T:
+    try:
+        async with asyncio.timeout(max(0.0, deadline - rooms.clock())):
+            return await walk
+    except TimeoutError as error:
+        raise DeadlineExceeded("The deadline passed before the image was answered.") from error
+
+
+async def _check_tenant(rooms: Rooms, tenant: str) -> None:
+    """Refuse a call that no memory can answer before anything is decoded."""
+    record = await rooms.archive.record(tenant)
+    if not record.config.classes:
+        raise NoClasses(f"The tenant {tenant!r} has no classes yet.")
+
+
+def _agreement(reading: Reading) -> str:
+    """Return which branches have the same first label."""
+    text, dynamic = int(reading.text.argmax()), int(reading.dynamic.argmax())
+    static = None if reading.static is None else int(reading.static.argmax())
+    if text == dynamic and static in (None, text):
+        return "all"
+    if text == dynamic:
+        return "text_dynamic"
+    if text == static:
+        return "text_static"
+    return "dynamic_static" if dynamic == static else "none"

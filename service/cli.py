@@ -1,0 +1,189 @@
+"""The command line: `dmn serve`, `classify`, `evaluate`, `replay`, `config`. Settings are made here, once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import SecretStr, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from core.errors import CoreError
+
+from . import logs
+from .errors import ServiceError
+from .settings import Settings
+
+app = typer.Typer(
+    name="dmn",
+    help="An online image classifier that remembers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+WRONG_INPUT = 2
+"""Exit status of wrong input, as argument parsers have it."""
+
+EncoderOption = Annotated[
+    str | None, typer.Option("--encoder", help="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="Torch device; `auto` takes CUDA if there is one.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+
+
+def main() -> None:
+    """Run the command line; wrong input ends it with one clear line and status 2."""
+    try:
+        app()
+    except (CoreError, ServiceError, ValueError, OSError) as error:
+        _stop(str(error))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
+    encoder: EncoderOption = None,
+    store: Annotated[str | None, typer.Option(help="Where memories live: `memory` keeps nothing.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Serve over HTTP."""
+    from .serve import serve as run  # noqa: PLC0415 - torch takes seconds to import; other commands need not wait
+
+    settings = _settings(host=host, port=port, encoder=encoder, store=store, device=device)
+    logs.set_up(settings.log_level, settings.log_format)
+    sys.exit(run(settings, err))
+
+
+@app.command()
+def classify(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    classes: Annotated[str, typer.Option(help="Class names, separated by commas.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
+    encoder: EncoderOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Classify image files among classes, with a memory that lasts for this call."""
+    from . import offline  # noqa: PLC0415 - as in serve
+
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
+    answers = asyncio.run(offline.classify_files(settings, images, names, err))
+    if as_json:
+        _print_json([{"image": str(path), **answer.json(top_k)} for path, answer in answers])
+    else:
+        out.print(offline.answers_table(answers, top_k))
+    if any(answer.error for _, answer in answers):
+        sys.exit(1)
+
+
+@app.command()
+def evaluate(
+    directory: Annotated[Path, typer.Argument(help="A folder that holds one folder of images for each class.")],
+    shots: Annotated[int, typer.Option(min=0, help="Labelled shots a class, taken out of the stream.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order, and of the choice of shots.")] = 0,
+    views: Annotated[int, typer.Option(min=1, help="Views an image.")] = 1,
+    encoder: EncoderOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Stream a folder through the service's own code and measure each branch."""
+    from . import offline  # noqa: PLC0415 - as in serve
+
+    settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
+    report = asyncio.run(offline.evaluate(settings, directory, shots=shots, seed=seed, views=views, console=err))
+    if as_json:
+        _print_json(report)
+    else:
+        out.print(offline.report_table(report))
+
+
+@app.command()
+def replay(
+    stream: Annotated[Path, typer.Argument(help="A stream of features, `.npz`.")],
+    slots: Annotated[int | None, typer.Option(min=0, help="Dynamic slots a class.")] = None,
+    beta: Annotated[float | None, typer.Option(min=0, help="Sharpness of the affinity.")] = None,
+    weights: Annotated[str, typer.Option(help="Weights of text, dynamic and static branch.")] = "1,1,1",
+    shots: Annotated[int | None, typer.Option(min=0, help="The first K shots of each class; all if left out.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Shuffle the stream; the file's order if left out.")] = None,
+    no_learn: Annotated[bool, typer.Option("--no-learn", help="Read, but do not write.")] = False,  # noqa: FBT002
+    as_json: JsonOption = False,  # noqa: FBT002
+    output: Annotated[Path | None, typer.Option("--out", help="Write every answer to this `.npz`.")] = None,
+) -> None:
+    """Run a stream of features through the method, in order, without a server."""
+    from . import offline  # noqa: PLC0415 - as in serve
+
+    options = {"slots": slots, "beta": beta, "shots": shots, "seed": seed, "learn": not no_learn}
+    report = offline.replay_file(stream, options, _weights(weights), output, err)
+    if as_json:
+        _print_json(report)
+    else:
+        out.print(offline.report_table(report))
+
+
+@app.command()
+def config(as_json: JsonOption = False) -> None:  # noqa: FBT002
+    """Print the effective settings, secrets masked."""
+    settings = _settings()
+    values = {name: _shown(getattr(settings, name)) for name in Settings.model_fields}
+    if as_json:
+        _print_json(values)
+        return
+    table = Table("setting", "value", "meaning", box=None, pad_edge=False)
+    for name, field in Settings.model_fields.items():
+        table.add_row(f"DMN_{name.upper()}", str(values[name]), field.description or "")
+    out.print(table)
+
+
+def _settings(**given: object) -> Settings:
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        _stop(" ".join(_setting_fault(one) for one in error.errors(include_url=False)))
+
+
+def _setting_fault(one: Any) -> str:
+    name = ".".join(str(part) for part in one["loc"])
+    message = str(one["msg"]).removeprefix("Value error, ")
+    return message if not name else f"DMN_{name.upper()}: {message}."
+
+
+def _quiet(settings: Settings) -> Settings:
+    """Send only warnings to the terminal while a command runs that prints its own answer."""
+    logs.set_up("warning", "text")
+    return settings
+
+
+def _weights(text: str) -> tuple[float, float, float]:
+    try:
+        a1, a2, a3 = (float(part) for part in text.split(","))
+    except ValueError:
+        _stop(f"--weights takes three numbers separated by commas, such as 1,1,1; got {text!r}.")
+    if min(a1, a2, a3) < 0 or not 0 < a1 + a2 + a3 < float("inf"):
+        _stop("--weights must be finite, not negative, and not all zero.")
+    return a1, a2, a3
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, SecretStr):
+        return "********" if value.get_secret_value() else ""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _stop(message: str) -> NoReturn:
+    err.print(f"[bold red]dmn:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(WRONG_INPUT)

@@ -1,0 +1,292 @@
+"""The desk: the samples of one tenant against its memory, as many at a time as have gathered.
+
+While a tenant's memory is held, samples gather; when it is free, all of them are read together, which is one readout
+and one push for the tenant's share of an encode batch. The answers do not depend on who else was in the group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from core.bank import Slots
+from core.classify import Answers, Sample, classify
+from core.codec import FEATURE_BYTES, encode_feature
+from core.dynamic import DynamicMemory, Outcome, SlotWrite
+from core.numerics import affinity
+from core.projection import project_query, project_slots
+from core.static import Shots
+
+from .archive import Archive, HotMemory
+from .errors import StoreDown
+from .metrics import Metrics
+from .stores.base import MemoryStore, PushCandidate, ReloadNeeded, Stamp, StoredSlot, Verdict
+from .worker import Worker
+
+GROUP = 32
+"""Images read together, and so candidates in one push, at most."""
+
+STRONGEST = 3
+_TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learned:
+    """What became of an image in the dynamic memory; `outcome` is one of the metric's."""
+
+    outcome: str
+    label: str
+    entropy: float
+    slot: str | None = None
+    evicted: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trace:
+    """One slot or shot that spoke for an answer; `entropy` of slots only."""
+
+    label: str
+    id: str
+    affinity: float
+    entropy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Explanation:
+    """The strongest slots and shots behind an answer."""
+
+    dynamic: tuple[Trace, ...]
+    static: tuple[Trace, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """One image's answer: class names in the tenant's order and probabilities (c,) of each branch, on the CPU."""
+
+    names: tuple[str, ...]
+    fused: Tensor
+    text: Tensor
+    dynamic: Tensor
+    static: Tensor | None
+    learned: Learned
+    explanation: Explanation | None
+    stamp: Stamp
+    timings: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Question:
+    """One image for the desk: the features of its views, its digest, and what is asked."""
+
+    views: Tensor
+    digest: str
+    learn: bool
+    explain: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Waiting:
+    question: Question
+    future: asyncio.Future[Reading] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Desk:
+    """Reads and writes tenants' memories, one group of samples a tenant at a time."""
+
+    def __init__(
+        self, archive: Archive, store: MemoryStore, worker: Worker, metrics: Metrics, *, tenant_max_bytes: int
+    ) -> None:
+        self._archive, self._store, self._worker, self._metrics = archive, store, worker, metrics
+        self._tenant_max_bytes = tenant_max_bytes
+        self._queues: dict[str, deque[_Waiting]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def ask(self, tenant: str, question: Question) -> Reading:
+        """Return the answer to one image.
+
+        Raises:
+            UnknownTenant, NoClasses, FingerprintMismatch, StoreDown: as the tenant's memory is opened.
+        """
+        waiting = _Waiting(question=question)
+        if tenant not in self._queues:
+            self._queues[tenant] = deque()
+            task = asyncio.create_task(self._work_off(tenant, self._queues[tenant]), name="dmn-desk")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._queues[tenant].append(waiting)
+        return await waiting.future
+
+    async def drain(self) -> None:
+        """Wait until every group under way is done."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _work_off(self, tenant: str, queue: deque[_Waiting]) -> None:
+        """Answer a tenant's samples until none waits; a task of its own, so that no client's leaving stops others."""
+        tries = 0
+        while queue:
+            group: list[_Waiting] = []
+            timings: dict[str, float] = {}
+            try:
+                async with self._archive.open(tenant, timings) as hot:
+                    group = _take(queue)
+                    await self._answer(hot, group, timings)
+                tries = 0
+            except ReloadNeeded:
+                # The memory began a new life between its reading and the push: nothing was written; read it again.
+                self._archive.drop(tenant)
+                queue.extendleft(reversed(group))
+                tries += 1
+                if tries == _TRIES:
+                    _fail(queue, StoreDown("The memory keeps changing under the call.", retry_after_s=1.0))
+            except Exception as error:  # noqa: BLE001 - whatever it is, every caller must hear of it
+                _fail(group, error)
+                _fail(queue, error)
+        del self._queues[tenant]
+
+    async def _answer(self, hot: HotMemory, group: Sequence[_Waiting], timings: dict[str, float]) -> None:
+        questions = [waiting.question for waiting in group]
+        if not questions:
+            return
+        with self._metrics.stage("memory", timings):
+            answers, traces = await self._worker.run(_read, hot, questions)
+        with self._metrics.stage("store", timings):
+            learned = await self._learn(hot, questions, answers.writes)
+        names = tuple(spec.name for spec in hot.config.classes)
+        for i, (waiting, own) in enumerate(zip(group, learned, strict=True)):
+            if waiting.future.done():
+                continue
+            reading = Reading(
+                names=names,
+                fused=answers.fused[i],
+                text=answers.text[i],
+                dynamic=answers.dynamic[i],
+                static=None if answers.static is None else answers.static[i],
+                learned=own,
+                explanation=traces[i],
+                stamp=hot.stamp,
+                timings=dict(timings),
+            )
+            waiting.future.set_result(reading)
+
+    async def _learn(self, hot: HotMemory, questions: Sequence[Question], writes: Sequence[SlotWrite]) -> list[Learned]:
+        """Push what the memory would take, take the store's changes back, and return what became of each image."""
+        wanted = self._within_bytes(hot, questions, writes)
+        verdicts: dict[int, Verdict] = {}
+        if wanted:
+            candidates = [_candidate(hot, writes[i]) for i in wanted]
+            with self._metrics.store_seconds.labels("push").time():
+                pushed = await self._store.push(hot.record.name, hot.stamp, candidates)
+            await self._archive.take_back(hot, pushed.synced.stamp, pushed.synced.changes)
+            verdicts = dict(zip(wanted, pushed.verdicts, strict=True))
+        learned = [
+            _learned(hot, question, write, verdicts.get(i))
+            for i, (question, write) in enumerate(zip(questions, writes, strict=True))
+        ]
+        for own in learned:
+            self._metrics.updates.labels(own.outcome).inc()
+            self._metrics.entropy_nats.observe(own.entropy)
+        return learned
+
+    def _within_bytes(self, hot: HotMemory, questions: Sequence[Question], writes: Sequence[SlotWrite]) -> list[int]:
+        """Return which images to push: those that learn and have a slot, and no more fills than the tenant may hold."""
+        each = FEATURE_BYTES * hot.snapshot.text.shape[-1]
+        room = (self._tenant_max_bytes - hot.shot_bytes) // each - hot.filled
+        wanted = []
+        for i, (question, write) in enumerate(zip(questions, writes, strict=True)):
+            fills = write.outcome is Outcome.FILLED
+            if not question.learn or not hot.config.learn or write.slot is None or (fills and room <= 0):
+                continue
+            room -= fills
+            wanted.append(i)
+        return wanted
+
+
+def _take(queue: deque[_Waiting]) -> list[_Waiting]:
+    """Take a group, passing over those that nobody waits for."""
+    group: list[_Waiting] = []
+    while queue and len(group) < GROUP:
+        waiting = queue.popleft()
+        if not waiting.future.done():
+            group.append(waiting)
+    return group
+
+
+def _fail(waiting: Collection[_Waiting], error: Exception) -> None:
+    for one in waiting:
+        if not one.future.done():
+            one.future.set_exception(error)
+    if isinstance(waiting, deque):
+        waiting.clear()
+
+
+def _read(hot: HotMemory, questions: Sequence[Question]) -> tuple[Answers, list[Explanation | None]]:
+    """Classify in the worker, and bring the probabilities to the CPU."""
+    learn = hot.config.learn
+    samples = [Sample(views=q.views, id=q.digest, learn=q.learn and learn) for q in questions]
+    answers = classify(hot.shelves, samples)
+    traces = [
+        _explain(hot, sample.views[:1], answers.seen[i]) if question.explain else None
+        for i, (sample, question) in enumerate(zip(samples, questions, strict=True))
+    ]
+    on_cpu = replace(
+        answers,
+        text=answers.text.cpu(),
+        dynamic=answers.dynamic.cpu(),
+        static=None if answers.static is None else answers.static.cpu(),
+        fused=answers.fused.cpu(),
+    )
+    return on_cpu, traces
+
+
+def _candidate(hot: HotMemory, write: SlotWrite) -> PushCandidate:
+    sample = write.candidate
+    slot = StoredSlot(id=str(sample.id), entropy=sample.entropy, feature=encode_feature(sample.key))
+    return PushCandidate(class_id=hot.config.classes[sample.label].id, slot=slot)
+
+
+def _learned(hot: HotMemory, question: Question, write: SlotWrite, verdict: Verdict | None) -> Learned:
+    sample = write.candidate
+    label = hot.config.classes[sample.label].name
+    if verdict is None:
+        looked_only = not question.learn or not hot.config.learn or write.outcome is Outcome.FILLED
+        outcome = "skipped" if looked_only else str(write.outcome)
+        kept = str(sample.id) if outcome == Outcome.DUPLICATE else None
+        return Learned(outcome=outcome, label=label, entropy=sample.entropy, slot=kept)
+    kept = None if verdict.outcome is Outcome.REJECTED else str(sample.id)
+    return Learned(
+        outcome=str(verdict.outcome), label=label, entropy=sample.entropy, slot=kept, evicted=verdict.evicted
+    )
+
+
+def _explain(hot: HotMemory, x: Tensor, memory: DynamicMemory) -> Explanation:
+    """Return the slots and shots of highest affinity, Eq. (9), among those that the memory holds."""
+    snapshot = hot.snapshot
+    names = [spec.name for spec in hot.config.classes]
+    query = project_query(x, snapshot.projection)[0]
+
+    def strongest(banks: Sequence[Slots | Shots]) -> list[tuple[int, int, float]]:
+        held = [index for index, bank in enumerate(banks) if len(bank)]
+        found = []
+        for index in held:
+            keys = banks[index].keys.to(query)[None]
+            offset = None if snapshot.projection is None else snapshot.projection.key[index][None]
+            close = affinity(project_slots(keys, offset)[0] @ query, snapshot.beta)
+            values, places = close.topk(min(STRONGEST, len(close)))
+            found += [(index, place, value) for value, place in zip(values.tolist(), places.tolist(), strict=True)]
+        return sorted(found, key=lambda one: -one[2])[:STRONGEST]
+
+    slots, shots = memory.classes, snapshot.static.classes
+    return Explanation(
+        dynamic=tuple(
+            Trace(label=names[c], id=str(slots[c].ids[i]), affinity=value, entropy=slots[c].entropies[i])
+            for c, i, value in strongest(slots)
+        ),
+        static=tuple(
+            Trace(label=names[c], id=str(shots[c].ids[i]), affinity=value) for c, i, value in strongest(shots)
+        ),
+    )

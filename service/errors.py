@@ -1,0 +1,293 @@
+"""What a call may be refused for, by the arrow of the walk that fails; each with its problem type.
+
+bytes ──porch──> request     InvalidRequest BodyTooLarge TooManyImages NotFound MethodNotAllowed UnsupportedMediaType
+request ──gate──> tenant     Unauthenticated Forbidden RateLimited UnknownTenant
+bytes ──darkroom──> pixels   the tree of service.images: unsupported-media-type, image-unreadable, image-too-large
+pixels ──shuttle──> query    QueueFull Draining DeadlineExceeded
+tenant ──archive──> memory   StoreDown FingerprintMismatch NoClasses
+config, shots, slots         DuplicateClass LimitExceeded UnknownClass UnknownShot UnknownSlot IdempotencyConflict
+anything else                Internal, without a detail that could leak
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProblemType:
+    """One problem type: HTTP status, title, what it means and what to do, as its page says it."""
+
+    status: int
+    title: str
+    meaning: str
+    remedy: str
+
+
+def _type(status: int, title: str, meaning: str, remedy: str) -> ProblemType:
+    return ProblemType(status=status, title=title, meaning=meaning, remedy=remedy)
+
+
+PROBLEMS: dict[str, ProblemType] = {
+    "invalid-request": _type(
+        422,
+        "The request is not valid",
+        "A parameter, header or body is missing, malformed or out of range.",
+        "Read `detail`, which names the field, and correct it.",
+    ),
+    "unsupported-media-type": _type(
+        415,
+        "The media type is not supported",
+        "The body, or one image in it, is of a kind that this service does not take.",
+        "Send JPEG, PNG or WebP, as multipart field `images`, as a raw `image/*` body or as base64 in JSON.",
+    ),
+    "image-unreadable": _type(
+        422,
+        "The image cannot be read",
+        "The bytes are no image, or the file is damaged or cut off.",
+        "Open the file in an image viewer, save it anew, and send it again.",
+    ),
+    "image-too-large": _type(
+        413,
+        "The image is too large",
+        "The image has more bytes or more pixels than this service takes.",
+        "Scale the image down. Classification needs a few hundred pixels a side at most.",
+    ),
+    "body-too-large": _type(
+        413,
+        "The body is too large",
+        "The request body has more bytes than this service takes.",
+        "Send fewer images a call.",
+    ),
+    "too-many-images": _type(
+        413,
+        "Too many images in one call",
+        "The call holds more images than this service takes at once.",
+        "Send them in several calls.",
+    ),
+    "not-found": _type(404, "Nothing is here", "No route has this path.", "Look into `/docs` for the routes."),
+    "method-not-allowed": _type(
+        405,
+        "The method is not allowed here",
+        "The path exists, but not with this method.",
+        "Use a method that the `Allow` header names.",
+    ),
+    "unknown-tenant": _type(
+        404, "The tenant is unknown", "No tenant has this name.", "Create it with `PUT /tenants/{tenant}`."
+    ),
+    "unknown-class": _type(
+        404,
+        "The class is unknown",
+        "The tenant has no class of this name. Names are compared exactly.",
+        "List the classes with `GET /tenants/{tenant}`, or add one.",
+    ),
+    "unknown-shot": _type(
+        404, "The shot is unknown", "No shot has this id.", "List the shots with `GET /memory/static`."
+    ),
+    "unknown-slot": _type(
+        404,
+        "The slot is unknown",
+        "The class holds no slot of this id; it may have been replaced since.",
+        "List the slots with `GET /memory/dynamic/{class}`.",
+    ),
+    "unknown-job": _type(404, "The job is unknown", "No job has this id.", "Start it again."),
+    "unknown-snapshot": _type(
+        404, "The snapshot is unknown", "No snapshot has this id.", "List them with `GET /admin/memory/snapshots`."
+    ),
+    "no-classes": _type(
+        409,
+        "The tenant has no classes yet",
+        "An image can be classified only among classes, and this tenant has none.",
+        "Give it classes with `PUT /tenants/{tenant}`.",
+    ),
+    "duplicate-class": _type(
+        422,
+        "A class is named twice",
+        "Two classes of one tenant have the same name.",
+        "Leave one of them out, or name it otherwise.",
+    ),
+    "limit-exceeded": _type(
+        422,
+        "A limit is exceeded",
+        "The request would hold more classes, prompts, shots, slots or bytes than a tenant may have.",
+        "Read `detail` for the limit; remove something, or have the operator raise it.",
+    ),
+    "fingerprint-mismatch": _type(
+        409,
+        "The memory belongs to another encoder",
+        "Features of two encoders cannot be compared, so memories of one are never read with the other.",
+        "Serve with the encoder that the memory was made with, or reset the memory.",
+    ),
+    "idempotency-conflict": _type(
+        422,
+        "The idempotency key was used for another request",
+        "A key stands for one request; this one differs from the first.",
+        "Use a fresh `Idempotency-Key` for each request, and the same one only for its retries.",
+    ),
+    "unauthenticated": _type(
+        401, "No valid key was given", "This service asks for an API key.", "Send `Authorization: Bearer KEY`."
+    ),
+    "forbidden": _type(
+        403, "The key does not allow this", "The key is valid, but not for this call.", "Use a key with the scope."
+    ),
+    "rate-limited": _type(
+        429,
+        "The caller is over its limit",
+        "This caller has sent more than its share.",
+        "Wait for `Retry-After` seconds and send again.",
+    ),
+    "queue-full": _type(
+        503,
+        "The server is full",
+        "More images are waiting than the server takes in.",
+        "Wait for `Retry-After` seconds and send again.",
+    ),
+    "draining": _type(
+        503, "The server is going down", "It finishes what it has and takes nothing new.", "Send it to another one."
+    ),
+    "store-down": _type(
+        503,
+        "The memory store cannot be reached",
+        "Memories live in a store, and it does not answer.",
+        "Wait for `Retry-After` seconds and send again; tell the operator if it lasts.",
+    ),
+    "deadline-exceeded": _type(
+        504,
+        "The deadline has passed",
+        "The answer would have come later than `X-Deadline-Ms`, or the server's own limit, allows.",
+        "Allow more time, or send fewer images a call.",
+    ),
+    "internal": _type(
+        500,
+        "Something went wrong inside",
+        "This is a fault of the service, not of the request.",
+        "Report it with its `request_id`.",
+    ),
+}
+"""Every problem type by its slug, which ends its URI `/problems/<slug>`."""
+
+
+class ServiceError(Exception):
+    """Base of every refusal; `detail` is one or more sentences for people, `retry_after_s` where waiting helps."""
+
+    slug: ClassVar[str] = "internal"
+
+    def __init__(self, detail: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(ServiceError):
+    """A parameter, header or body does not fit."""
+
+    slug = "invalid-request"
+
+
+class UnsupportedBody(ServiceError):
+    """The body's content type is none that the route takes."""
+
+    slug = "unsupported-media-type"
+
+
+class BodyTooLarge(ServiceError):
+    """The body has too many bytes."""
+
+    slug = "body-too-large"
+
+
+class TooManyImages(ServiceError):
+    """The call holds too many images."""
+
+    slug = "too-many-images"
+
+
+class NotFound(ServiceError):
+    """No route has the path."""
+
+    slug = "not-found"
+
+
+class UnknownTenant(ServiceError):
+    """No tenant has the name."""
+
+    slug = "unknown-tenant"
+
+
+class UnknownClass(ServiceError):
+    """The tenant has no class of the name."""
+
+    slug = "unknown-class"
+
+
+class UnknownShot(ServiceError):
+    """No shot has the id."""
+
+    slug = "unknown-shot"
+
+
+class UnknownSlot(ServiceError):
+    """The class holds no slot of the id."""
+
+    slug = "unknown-slot"
+
+
+class NoClasses(ServiceError):
+    """The tenant has no classes."""
+
+    slug = "no-classes"
+
+
+class DuplicateClass(ServiceError):
+    """A class is named twice."""
+
+    slug = "duplicate-class"
+
+
+class LimitExceeded(ServiceError):
+    """The tenant would hold more than it may."""
+
+    slug = "limit-exceeded"
+
+
+class FingerprintMismatch(ServiceError):
+    """The memory was made with another encoder."""
+
+    slug = "fingerprint-mismatch"
+
+
+class IdempotencyConflict(ServiceError):
+    """The key was used for another request."""
+
+    slug = "idempotency-conflict"
+
+
+class QueueFull(ServiceError):
+    """More images wait than the server takes in."""
+
+    slug = "queue-full"
+
+
+class Draining(ServiceError):
+    """The server is going down."""
+
+    slug = "draining"
+
+
+class StoreDown(ServiceError):
+    """The store does not answer."""
+
+    slug = "store-down"
+
+
+class DeadlineExceeded(ServiceError):
+    """The answer would come too late."""
+
+    slug = "deadline-exceeded"
+
+
+class Internal(ServiceError):
+    """A fault of ours."""
+
+    slug = "internal"

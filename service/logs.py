@@ -1,0 +1,73 @@
+"""Events, not sentences: one line each, with the request it belongs to. Never images, features or keys."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Literal, TextIO
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+"""Id of the request at hand; set by the porch."""
+
+STARTED = "dmn.service.started"
+STOPPED = "dmn.service.stopped"
+DRAINING = "dmn.service.draining"
+REQUEST = "dmn.request"
+FAILED = "dmn.request.failed"
+BATCH_FAILED = "dmn.batch.failed"
+BATCH_HALVED = "dmn.batch.halved"
+MEMORY_LOADED = "dmn.memory.loaded"
+MEMORY_EVICTED = "dmn.memory.evicted"
+MEMORY_RESCORED = "dmn.memory.rescored"
+MEMORY_RESET = "dmn.memory.reset"
+TENANT_CHANGED = "dmn.tenant.changed"
+
+logger = logging.getLogger("dmn")
+
+
+def event(name: str, *, level: int = logging.INFO, error: BaseException | None = None, **fields: object) -> None:
+    """Log one event with its values; `error` adds its traceback."""
+    logger.log(level, name, extra={"fields": fields}, exc_info=error)
+
+
+def set_up(level: str, form: Literal["json", "text"], stream: TextIO = sys.stderr) -> None:
+    """Send this service's events, and warnings of its libraries, to `stream`."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Json() if form == "json" else _Text())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logger.setLevel(level.upper())
+
+
+def _values(record: logging.LogRecord) -> dict[str, object]:
+    own: dict[str, object] = dict(getattr(record, "fields", {}))
+    if request_id.get():
+        own.setdefault("request_id", request_id.get())
+    return own
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **_values(record),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str, ensure_ascii=True)
+
+
+class _Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
+        # json.dumps keeps a value on one line, whatever a client put into it.
+        values = " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in _values(record).items())
+        text = f"{time} {record.levelname.lower():7} {json.dumps(record.getMessage())[1:-1]} {values}".rstrip()
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text

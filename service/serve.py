@@ -1,0 +1,77 @@
+"""Runs the HTTP server: rooms open before it listens, and close after the last call is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from socket import socket
+from types import FrameType
+
+import uvicorn
+from rich.console import Console
+
+from . import logs
+from .app import create_app, open_rooms
+from .rooms import Rooms
+from .settings import Settings
+
+
+def serve(settings: Settings, console: Console) -> int:
+    """Serve until told to stop, and return the exit status.
+
+    Raises:
+        EncoderUnavailable: the encoder cannot be had.
+    """
+    return asyncio.run(_serve(settings, console))
+
+
+async def _serve(settings: Settings, console: Console) -> int:
+    status = console.status(f"Loading the encoder {settings.encoder} …")
+    status.start()
+    async with open_rooms(settings) as rooms:
+        status.stop()
+        config = uvicorn.Config(
+            create_app(settings, rooms),
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.drain_timeout_s),
+        )
+        server = _Server(config, settings, rooms, console)
+        await server.serve()
+    return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """Turns readiness off first when told to stop, so that a balancer looks elsewhere before the doors close."""
+
+    def __init__(self, config: uvicorn.Config, settings: Settings, rooms: Rooms, console: Console) -> None:
+        super().__init__(config)
+        self._settings, self._rooms, self._console = settings, rooms, console
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        await super().startup(sockets)
+        if not self.started:
+            return
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        kept = "memories are kept in this process alone" if self._settings.store == "memory" else self._settings.store
+        self._console.print(
+            f"dmn serves {self._rooms.encoder.name} on http://{shown}:{port} (routes: /docs; {kept}). Ctrl-C stops it.",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._rooms.batcher.leaving:
+            super().handle_exit(sig, frame)
+            return
+        self._rooms.batcher.leaving = True
+        logs.event(logs.DRAINING, delay_s=self._settings.drain_delay_s)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._settings.drain_delay_s, self._close, sig, frame)
+
+    def _close(self, sig: int, frame: FrameType | None) -> None:
+        self._rooms.batcher.draining = True
+        super().handle_exit(sig, frame)

@@ -1,0 +1,117 @@
+"""All settings, made once at the edge and passed down; environment, file and command line use the same names."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+MIB = 1 << 20
+CONFIG_VARIABLE = "DMN_CONFIG"
+
+
+class Settings(BaseSettings):
+    """What the operator decides. Every field is `DMN_<NAME>` in the environment and `name` in a TOML file."""
+
+    model_config = SettingsConfigDict(env_prefix="DMN_", frozen=True, extra="forbid", validate_default=True)
+
+    host: str = Field("127.0.0.1", description="address that the server listens on")
+    port: int = Field(8000, ge=0, le=65535, description="port that the server listens on; 0 picks a free one")
+    encoder: str = Field("lite", description="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`")
+    device: str = Field("auto", description="torch device of the encoder; `auto` takes CUDA where there is one")
+    store: Literal["memory"] = Field("memory", description="where memories live; `memory` keeps nothing")
+    auth: Literal["open"] = Field("open", description="`open`: no keys, and the caller names its tenant")
+    auth_insecure: bool = Field(default=False, description="allow `open` on an address that others can reach")
+
+    max_images: PositiveInt = Field(64, description="images a call")
+    max_views: PositiveInt = Field(64, description="views an image")
+    max_image_bytes: PositiveInt = Field(16 * MIB, description="bytes an image")
+    max_image_pixels: PositiveInt = Field(40_000_000, description="pixels an image, by its header")
+    image_formats: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("JPEG", "PNG", "WEBP"), description="formats that are decoded; also GIF, BMP, TIFF"
+    )
+    max_body_bytes: PositiveInt = Field(64 * MIB, description="bytes a request body")
+    max_zip_images: PositiveInt = Field(2000, description="files in an uploaded zip")
+    max_zip_bytes: PositiveInt = Field(512 * MIB, description="bytes of an uploaded zip's files, unpacked")
+    max_zip_ratio: PositiveFloat = Field(100.0, description="unpacked over packed bytes of a zip's file")
+    max_tenants: PositiveInt = Field(10_000, description="tenants")
+    max_classes: PositiveInt = Field(10_000, description="classes a tenant")
+    max_prompts: PositiveInt = Field(128, description="sentences a class, and templates a tenant")
+    max_text_chars: PositiveInt = Field(256, description="characters of a class name, sentence or template")
+    max_shots: PositiveInt = Field(1000, description="shots a class")
+    max_slots: PositiveInt = Field(256, description="dynamic slots a class")
+    tenant_max_bytes: PositiveInt = Field(512 * MIB, description="bytes of features and kept images a tenant")
+
+    queue_images: PositiveInt = Field(256, description="images times views in the server, waiting or at work")
+    batch_images: PositiveInt = Field(32, description="images times views an encode batch")
+    batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
+    decode_workers: PositiveInt = Field(min(8, os.cpu_count() or 1), description="threads that decode images")
+    deadline_ms: PositiveFloat = Field(30_000.0, description="time for a call without `X-Deadline-Ms`")
+    drain_delay_s: float = Field(1.0, ge=0, description="between readiness going off and refusing new work")
+    drain_timeout_s: PositiveFloat = Field(30.0, description="time for work in flight to finish when stopping")
+
+    hot_memory_bytes: PositiveInt = Field(1024 * MIB, description="memories kept ready to be read, all tenants")
+    text_cache_bytes: PositiveInt = Field(64 * MIB, description="text features kept, all tenants")
+    sync_ms: float = Field(200.0, ge=0, description="age at which a hot memory asks the store for changes")
+    idempotency_ttl_s: PositiveFloat = Field(86_400.0, description="how long an answer stands for its key")
+    idempotency_max_bytes: PositiveInt = Field(64 * MIB, description="answers kept for their keys, all tenants")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_formats(cls, values: dict[str, object]) -> dict[str, object]:
+        formats = values.get("image_formats")
+        if isinstance(formats, str):
+            values["image_formats"] = tuple(part.strip().upper() for part in formats.split(",") if part.strip())
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.auth == "open" and not self.auth_insecure and not _is_loopback(self.host):
+            raise ValueError(
+                f"DMN_AUTH=open lets anyone who reaches {self.host} do everything. Listen on 127.0.0.1, or say "
+                "DMN_AUTH_INSECURE=true if something in front of this service signs callers in."
+            )
+        known = {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"}
+        if not self.image_formats or not known.issuperset(self.image_formats):
+            raise ValueError(f"DMN_IMAGE_FORMATS names some of {', '.join(sorted(known))}, separated by commas.")
+        if self.batch_images > self.queue_images:
+            raise ValueError("DMN_BATCH_IMAGES must not be larger than DMN_QUEUE_IMAGES.")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - no .env files: one way to give a file
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the same
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources: the command line over the environment over the file that `DMN_CONFIG` names."""
+        file = os.environ.get(CONFIG_VARIABLE)
+        if not file:
+            return init_settings, env_settings
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{CONFIG_VARIABLE} names {file}, which is no file.")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,242 @@
+"""The in-process store: nothing outlives the process. It holds what any store holds, and obeys the same rules."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from core.dynamic import Outcome
+
+from ..tenants import TenantConfig
+from .base import (
+    Change,
+    Conflict,
+    PushCandidate,
+    Pushed,
+    ReloadNeeded,
+    Remembered,
+    Stamp,
+    StoredMemory,
+    StoredShot,
+    StoredSlot,
+    Synced,
+    TenantRecord,
+    Verdict,
+)
+
+LOG_LENGTH = 2048
+"""Slot changes kept for workers that are behind; one further behind loads anew."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """One tenant. `log` holds (version, change); `settled` is the version up to which only a load will do."""
+
+    record: TenantRecord
+    slots: dict[str, dict[str, StoredSlot]] = field(default_factory=dict)
+    shots: dict[str, StoredShot] = field(default_factory=dict)
+    tombstones: set[tuple[str, str]] = field(default_factory=set)
+    log: deque[tuple[int, Change]] = field(default_factory=lambda: deque(maxlen=LOG_LENGTH))
+    settled: int = 0
+
+
+class InProcessStore:
+    """A `MemoryStore` in this process's own memory. No call awaits, so each is one step of the event loop."""
+
+    def __init__(self, *, clock: Callable[[], float], remember_s: float, remember_bytes: int) -> None:
+        self._tenants: dict[str, _Held] = {}
+        self._answers = _Answers(clock, remember_s, remember_bytes)
+        self._epochs = 0
+
+    async def get(self, tenant: str) -> TenantRecord | None:
+        held = self._tenants.get(tenant)
+        return None if held is None else held.record
+
+    async def names(self, *, after: str, limit: int) -> Sequence[str]:
+        return sorted(name for name in self._tenants if name > after)[:limit]
+
+    async def load(self, tenant: str) -> StoredMemory | None:
+        held = self._tenants.get(tenant)
+        if held is None:
+            return None
+        shots: dict[str, list[StoredShot]] = {}
+        for shot in held.shots.values():
+            shots.setdefault(shot.class_id, []).append(shot)
+        return StoredMemory(
+            record=held.record,
+            slots={class_id: tuple(bank.values()) for class_id, bank in held.slots.items()},
+            shots={class_id: tuple(own) for class_id, own in shots.items()},
+        )
+
+    async def replace(
+        self,
+        tenant: str,
+        config: TenantConfig,
+        fingerprint: str,
+        *,
+        expected: Stamp | None,
+        slots: Mapping[str, Iterable[StoredSlot]],
+    ) -> Stamp:
+        held = self._tenants.get(tenant)
+        if (held.record.stamp if held else None) != expected:
+            raise Conflict(tenant)
+        stamp = self._new_epoch(held)
+        record = TenantRecord(name=tenant, config=config, fingerprint=fingerprint, stamp=stamp)
+        kept = {spec.id for spec in config.classes}
+        shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id in kept} if held else {}
+        banks = {class_id: {slot.id: slot for slot in bank} for class_id, bank in slots.items() if class_id in kept}
+        self._tenants[tenant] = _Held(record=record, slots=banks, shots=shots, settled=stamp.version)
+        return stamp
+
+    async def delete(self, tenant: str) -> bool:
+        self._answers.forget(tenant)
+        return self._tenants.pop(tenant, None) is not None
+
+    async def sync(self, tenant: str, since: Stamp) -> Synced:
+        held = self._current(tenant, since)
+        behind = held.record.stamp.version - since.version
+        if since.version < held.settled or behind > len(held.log):
+            raise ReloadNeeded(tenant)
+        changes = tuple(change for version, change in held.log if version > since.version)
+        return Synced(stamp=held.record.stamp, changes=changes)
+
+    async def push(self, tenant: str, since: Stamp, candidates: Sequence[PushCandidate]) -> Pushed:
+        held = self._current(tenant, since)
+        if since.version < held.settled:
+            raise ReloadNeeded(tenant)
+        verdicts = tuple(self._enter(held, candidate) for candidate in candidates)
+        return Pushed(verdicts=verdicts, synced=await self.sync(tenant, since))
+
+    async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
+        held = self._current(tenant, since)
+        new = {shot.id: shot for shot in shots if shot.id not in held.shots}
+        if new:
+            held.shots.update(new)
+            self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
+        return held.record.stamp
+
+    async def remove_shots(self, tenant: str, ids: Sequence[str]) -> int:
+        held = self._tenants.get(tenant)
+        if held is None:
+            return 0
+        gone = [id_ for id_ in ids if held.shots.pop(id_, None) is not None]
+        if gone:
+            self._settle(held, self._new_epoch(held))
+        return len(gone)
+
+    async def reset(self, tenant: str, *, dynamic: bool, static: bool, class_ids: Sequence[str] | None) -> Stamp | None:
+        held = self._tenants.get(tenant)
+        if held is None:
+            return None
+        named = {spec.id for spec in held.record.config.classes} if class_ids is None else set(class_ids)
+        if dynamic:
+            held.slots = {class_id: bank for class_id, bank in held.slots.items() if class_id not in named}
+        if static:
+            held.shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id not in named}
+        held.tombstones.clear()
+        self._settle(held, self._new_epoch(held))
+        return held.record.stamp
+
+    async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
+        held = self._tenants.get(tenant)
+        if held is None or held.slots.get(class_id, {}).pop(slot, None) is None:
+            return False
+        held.tombstones.add((class_id, slot))
+        self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
+        return True
+
+    async def recall(self, tenant: str, key: str) -> Remembered | None:
+        return self._answers.get(tenant, key)
+
+    async def remember(self, tenant: str, key: str, answer: Remembered) -> None:
+        self._answers.put(tenant, key, answer)
+
+    async def ping(self) -> None:
+        """Return: this process is here."""
+
+    async def aclose(self) -> None:
+        """Return: there is nothing to let go of."""
+
+    def _current(self, tenant: str, since: Stamp) -> _Held:
+        held = self._tenants.get(tenant)
+        if held is None or held.record.stamp.epoch != since.epoch:
+            raise ReloadNeeded(tenant)
+        return held
+
+    def _new_epoch(self, held: _Held | None) -> Stamp:
+        # Counted for all tenants, so that one that is deleted and made again never comes back to an old epoch.
+        self._epochs += 1
+        return Stamp(epoch=self._epochs, version=held.record.stamp.version + 1 if held else 0)
+
+    def _settle(self, held: _Held, stamp: Stamp) -> None:
+        """Move to a stamp by a change that is no slot write: whoever is behind it has to load."""
+        held.record = replace(held.record, stamp=stamp)
+        held.settled = stamp.version
+        held.log.clear()
+
+    def _enter(self, held: _Held, candidate: PushCandidate) -> Verdict:
+        """Apply Eq. (5) to what is held now, as `core.dynamic.propose` and `apply` do to tensors."""
+        slot, bank = candidate.slot, held.slots.setdefault(candidate.class_id, {})
+        if (candidate.class_id, slot.id) in held.tombstones:
+            return Verdict(outcome=Outcome.REJECTED)
+        known = bank.get(slot.id)
+        if known is not None:
+            if (slot.entropy, slot.feature) < (known.entropy, known.feature):
+                self._write(held, Change(class_id=candidate.class_id, slot=slot))
+            return Verdict(outcome=Outcome.DUPLICATE)
+        if len(bank) < held.record.config.slots:
+            self._write(held, Change(class_id=candidate.class_id, slot=slot))
+            return Verdict(outcome=Outcome.FILLED)
+        worst = max(bank.values(), key=_order, default=None)
+        if worst is None or _order(slot) > _order(worst):
+            return Verdict(outcome=Outcome.REJECTED)
+        self._write(held, Change(class_id=candidate.class_id, slot=slot, evicted=worst.id))
+        return Verdict(outcome=Outcome.REPLACED, evicted=worst.id)
+
+    def _write(self, held: _Held, change: Change) -> None:
+        bank = held.slots[change.class_id]
+        if change.evicted is not None:
+            del bank[change.evicted]
+        bank[change.slot.id] = change.slot
+        stamp = replace(held.record.stamp, version=held.record.stamp.version + 1)
+        held.record = replace(held.record, stamp=stamp)
+        held.log.append((stamp.version, change))
+
+
+class _Answers:
+    """Answers by idempotency key, the oldest dropped first when time or room is up."""
+
+    def __init__(self, clock: Callable[[], float], keep_s: float, keep_bytes: int) -> None:
+        self._clock, self._keep_s, self._room = clock, keep_s, keep_bytes
+        self._kept: OrderedDict[tuple[str, str], tuple[float, Remembered]] = OrderedDict()
+
+    def get(self, tenant: str, key: str) -> Remembered | None:
+        self._drop_old()
+        found = self._kept.get((tenant, key))
+        return None if found is None else found[1]
+
+    def put(self, tenant: str, key: str, answer: Remembered) -> None:
+        self._drop((tenant, key))
+        self._kept[(tenant, key)] = (self._clock() + self._keep_s, answer)
+        self._room -= len(answer.body)
+        while self._room < 0:
+            self._drop(next(iter(self._kept)))
+
+    def forget(self, tenant: str) -> None:
+        for known in [known for known in self._kept if known[0] == tenant]:
+            self._drop(known)
+
+    def _drop_old(self) -> None:
+        now = self._clock()
+        while self._kept and next(iter(self._kept.values()))[0] <= now:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, known: tuple[str, str]) -> None:
+        found = self._kept.pop(known, None)
+        if found is not None:
+            self._room += len(found[1].body)
+
+
+def _order(slot: StoredSlot) -> tuple[float, str]:
+    return slot.entropy, slot.id

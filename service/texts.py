@@ -1,0 +1,53 @@
+"""Text features, computed once for each prompt and kept for all tenants."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from core.prompts import class_weights
+
+from .worker import Worker
+
+CHUNK = 64
+"""Prompts encoded at a time, so that images get their turn in between."""
+
+
+class TextFeatures:
+    """Prompts -> class weights, with the features of the latest prompts kept up to a number of bytes."""
+
+    def __init__(self, worker: Worker, encode: Callable[[Sequence[str]], Tensor], *, max_bytes: int) -> None:
+        self._worker, self._encode, self._room = worker, encode, max_bytes
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    async def class_weights(self, prompts: Sequence[tuple[str, ...]]) -> Tensor:
+        """Return t_c (c, d), Eq. (1), for the prompts of each class."""
+        features = await self._features(list(dict.fromkeys(prompt for own in prompts for prompt in own)))
+        return await self._worker.run(
+            lambda: class_weights([torch.stack([features[prompt] for prompt in own]) for own in prompts])
+        )
+
+    async def _features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        found = {prompt: self._kept[prompt] for prompt in prompts if prompt in self._kept}
+        for prompt in found:
+            self._kept.move_to_end(prompt)
+        missing = [prompt for prompt in prompts if prompt not in found]
+        for start in range(0, len(missing), CHUNK):
+            part = missing[start : start + CHUNK]
+            encoded = await self._worker.run(self._encode, part)
+            # Cloned one by one: a row of a shared tensor would keep the whole chunk alive.
+            found.update((prompt, row.clone()) for prompt, row in zip(part, encoded, strict=True))
+        for prompt in missing:
+            self._keep(prompt, found[prompt])
+        return found
+
+    def _keep(self, prompt: str, feature: Tensor) -> None:
+        if prompt in self._kept:
+            return
+        self._kept[prompt] = feature
+        self._room -= feature.nbytes
+        while self._room < 0:
+            self._room += self._kept.popitem(last=False)[1].nbytes
