@@ -1,0 +1,41 @@
+# make serve | test | check | bench: each makes its virtual environment and installs what it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test check bench clean
+.DELETE_ON_ERROR:
+
+# Serve the `lite` encoder, or another: make serve ENCODER=ViT-B-16/openai ARGS="--port 9000"
+serve: $(VENV)/.serve
+	$(BIN)/dmn serve $(if $(ENCODER),--encoder '$(ENCODER)') $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.dev
+	$(BIN)/python tests/bench/bench_readout.py
+	$(BIN)/python tests/bench/bench_resident.py
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "This needs Python 3.11 or newer; $(PYTHON) is older. Name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[lite]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[lite,dev]'
+	@touch $@ $(VENV)/.serve

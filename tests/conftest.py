@@ -1,0 +1,40 @@
+"""What every test may ask for, and the rule that on a build machine nothing is skipped that could run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+CANNOT_RUN = ("no GPU", "no real data")
+"""How the reason of a skip starts where the machine lacks what no package brings."""
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _note(f"{report.nodeid}", report.longrepr[2])
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _note(report.nodeid, report.longrepr[2])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skipped and os.environ.get("CI"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _skipped and os.environ.get("CI"):
+        terminalreporter.section("skipped, although it could run here")
+        for line in _skipped:
+            terminalreporter.line(line)
+
+
+def _note(where: str, reason: str) -> None:
+    told = reason.removeprefix("Skipped: ")
+    if not told.startswith(CANNOT_RUN):
+        _skipped.append(f"{where}: {told}")
