@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import torch
 from fastapi import FastAPI
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from core import openclip
 from core.encoder import Encoder
@@ -28,6 +28,7 @@ from .rooms import Rooms
 from .settings import Settings
 from .stores.base import MemoryStore
 from .stores.memory import InProcessStore
+from .stores.watched import watched
 from .texts import TextFeatures
 from .worker import Worker, choose_device
 
@@ -49,6 +50,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         version=version(NAME),
         summary="An online image classifier that remembers: Dual Memory Networks over frozen CLIP encoders.",
         lifespan=lifespan,
+        responses={422: problems.DOCUMENTED, "default": problems.DOCUMENTED},
     )
     app.add_middleware(Porch, max_body_bytes=settings.max_body_bytes)
     problems.register(app)
@@ -71,23 +73,31 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
         loaded = encoder
         if loaded is None:
             loaded = await worker.run(openclip.load, settings.encoder, device=device)
-        rooms = _furnish(settings, loaded, worker, _store(settings))
+        rooms = _furnish(settings, loaded, worker)
         await worker.run(_warm_up, loaded)
         await adapt.ensure_default(rooms)
         rooms.batcher.start()
         logs.event(logs.STARTED, encoder=loaded.name, device=str(loaded.device), store=settings.store)
-        yield rooms
-        await rooms.batcher.aclose()
-        await rooms.desk.drain()
-        rooms.darkroom.close()
-        await rooms.store.aclose()
-        logs.event(logs.STOPPED)
+        try:
+            yield rooms
+        finally:
+            await _leave(rooms)
     finally:
         worker.close()
 
 
-def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore) -> Rooms:
+async def _leave(rooms: Rooms) -> None:
+    await rooms.batcher.aclose()
+    await rooms.desk.drain()
+    rooms.darkroom.close()
+    await rooms.store.aclose()
+    logs.event(logs.STOPPED)
+
+
+def _furnish(settings: Settings, encoder: Encoder, worker: Worker) -> Rooms:
+    disable_created_metrics()  # a second series beside each counter, which nobody asks for
     metrics, clock = Metrics(CollectorRegistry()), time.monotonic
+    store = watched(_store(settings), metrics)
     metrics.build_info.labels(version(NAME), encoder.name, encoder.fingerprint[:12]).set(1)
     limits = ImageLimits(
         max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats

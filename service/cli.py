@@ -30,6 +30,9 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as shells have it."""
+
 WRONG_INPUT = 2
 """Exit status of wrong input, as argument parsers have it."""
 
@@ -44,6 +47,8 @@ def main() -> None:
     """Run the command line; wrong input ends it with one clear line and status 2."""
     try:
         app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except (CoreError, ServiceError, ValueError, OSError) as error:
         _stop(str(error))
 

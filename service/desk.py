@@ -179,8 +179,7 @@ class Desk:
         verdicts: dict[int, Verdict] = {}
         if wanted:
             candidates = [_candidate(hot, writes[i]) for i in wanted]
-            with self._metrics.store_seconds.labels("push").time():
-                pushed = await self._store.push(hot.record.name, hot.stamp, candidates)
+            pushed = await self._store.push(hot.record.name, hot.stamp, candidates)
             await self._archive.take_back(hot, pushed.synced.stamp, pushed.synced.changes)
             verdicts = dict(zip(wanted, pushed.verdicts, strict=True))
         learned = [

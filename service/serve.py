@@ -63,15 +63,18 @@ class _Server(uvicorn.Server):
             soft_wrap=True,
         )
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - both signals mean the same
+        """Stop in steps at the first signal, and at once at the second.
+
+        The base class would raise the signal again when it is done, which ends the process before the rooms close.
+        """
         if self._rooms.batcher.leaving:
-            super().handle_exit(sig, frame)
+            self.should_exit = self.force_exit = True
             return
         self._rooms.batcher.leaving = True
         logs.event(logs.DRAINING, delay_s=self._settings.drain_delay_s)
-        loop = asyncio.get_running_loop()
-        loop.call_later(self._settings.drain_delay_s, self._close, sig, frame)
+        asyncio.get_running_loop().call_later(self._settings.drain_delay_s, self._close)
 
-    def _close(self, sig: int, frame: FrameType | None) -> None:
+    def _close(self) -> None:
         self._rooms.batcher.draining = True
-        super().handle_exit(sig, frame)
+        self.should_exit = True

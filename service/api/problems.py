@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,6 +20,12 @@ from ..images import ImageFault
 from .schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
+
+DOCUMENTED: dict[str, Any] = {
+    "description": "A problem, as RFC 9457 has it.",
+    "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
+}
+"""How the OpenAPI document shows every error."""
 
 router = APIRouter(tags=["problems"])
 
