@@ -95,18 +95,14 @@ class InProcessStore:
 
     async def sync(self, tenant: str, since: Stamp) -> Synced:
         held = self._current(tenant, since)
-        behind = held.record.stamp.version - since.version
-        if since.version < held.settled or behind > len(held.log):
-            raise ReloadNeeded(tenant)
-        changes = tuple(change for version, change in held.log if version > since.version)
-        return Synced(stamp=held.record.stamp, changes=changes)
+        return Synced(stamp=held.record.stamp, changes=tuple(_missed(held, since)))
 
     async def push(self, tenant: str, since: Stamp, candidates: Sequence[PushCandidate]) -> Pushed:
         held = self._current(tenant, since)
-        if since.version < held.settled:
-            raise ReloadNeeded(tenant)
-        verdicts = tuple(self._enter(held, candidate) for candidate in candidates)
-        return Pushed(verdicts=verdicts, synced=await self.sync(tenant, since))
+        # Before any write: the pusher's own may cut from the log what it has to hear of.
+        changes = _missed(held, since)
+        verdicts = tuple(self._enter(held, candidate, changes) for candidate in candidates)
+        return Pushed(verdicts=verdicts, synced=Synced(stamp=held.record.stamp, changes=tuple(changes)))
 
     async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
         held = self._current(tenant, since)
@@ -134,7 +130,6 @@ class InProcessStore:
             held.slots = {class_id: bank for class_id, bank in held.slots.items() if class_id not in named}
         if static:
             held.shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id not in named}
-        held.tombstones.clear()
         self._settle(held, self._new_epoch(held))
         return held.record.stamp
 
@@ -171,37 +166,52 @@ class InProcessStore:
 
     def _settle(self, held: _Held, stamp: Stamp) -> None:
         """Move to a stamp by a change that is no slot write: whoever is behind it has to load."""
+        if stamp.epoch != held.record.stamp.epoch:
+            held.tombstones.clear()
         held.record = replace(held.record, stamp=stamp)
         held.settled = stamp.version
         held.log.clear()
 
-    def _enter(self, held: _Held, candidate: PushCandidate) -> Verdict:
-        """Apply Eq. (5) to what is held now, as `core.dynamic.propose` and `apply` do to tensors."""
+    def _enter(self, held: _Held, candidate: PushCandidate, changes: list[Change]) -> Verdict:
+        """Apply Eq. (5) to what is held now, as `core.dynamic.propose` and `apply` do; note what it changes."""
         slot, bank = candidate.slot, held.slots.setdefault(candidate.class_id, {})
         if (candidate.class_id, slot.id) in held.tombstones:
             return Verdict(outcome=Outcome.REJECTED)
         known = bank.get(slot.id)
         if known is not None:
             if (slot.entropy, slot.feature) < (known.entropy, known.feature):
-                self._write(held, Change(class_id=candidate.class_id, slot=slot))
+                changes.append(_write(held, Change(class_id=candidate.class_id, slot=slot)))
             return Verdict(outcome=Outcome.DUPLICATE)
         if len(bank) < held.record.config.slots:
-            self._write(held, Change(class_id=candidate.class_id, slot=slot))
+            changes.append(_write(held, Change(class_id=candidate.class_id, slot=slot)))
             return Verdict(outcome=Outcome.FILLED)
         worst = max(bank.values(), key=_order, default=None)
         if worst is None or _order(slot) > _order(worst):
             return Verdict(outcome=Outcome.REJECTED)
-        self._write(held, Change(class_id=candidate.class_id, slot=slot, evicted=worst.id))
+        changes.append(_write(held, Change(class_id=candidate.class_id, slot=slot, evicted=worst.id)))
         return Verdict(outcome=Outcome.REPLACED, evicted=worst.id)
 
-    def _write(self, held: _Held, change: Change) -> None:
-        bank = held.slots[change.class_id]
-        if change.evicted is not None:
-            del bank[change.evicted]
-        bank[change.slot.id] = change.slot
-        stamp = replace(held.record.stamp, version=held.record.stamp.version + 1)
-        held.record = replace(held.record, stamp=stamp)
-        held.log.append((stamp.version, change))
+
+def _missed(held: _Held, since: Stamp) -> list[Change]:
+    """Return the slot changes since a stamp of this epoch.
+
+    Raises:
+        ReloadNeeded: something else changed too, or the log does not reach back so far.
+    """
+    if since.version < held.settled or held.record.stamp.version - since.version > len(held.log):
+        raise ReloadNeeded(held.record.name)
+    return [change for version, change in held.log if version > since.version]
+
+
+def _write(held: _Held, change: Change) -> Change:
+    bank = held.slots[change.class_id]
+    if change.evicted is not None:
+        del bank[change.evicted]
+    bank[change.slot.id] = change.slot
+    stamp = replace(held.record.stamp, version=held.record.stamp.version + 1)
+    held.record = replace(held.record, stamp=stamp)
+    held.log.append((stamp.version, change))
+    return change
 
 
 class _Answers:
