@@ -8,7 +8,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from core.fusion import DEFAULT_WEIGHTS, BranchWeights
@@ -61,6 +61,20 @@ class TenantConfig:
         """Hash of whatever decides which label an image gets: classes and prompts, in any order of the classes."""
         said = sorted((spec.id, *self.prompts(spec)) for spec in self.classes)
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        """Return the configuration as a store keeps it."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @staticmethod
+    def from_json(text: str | bytes) -> TenantConfig:
+        """Return the configuration that `to_json` wrote."""
+        values = json.loads(text)
+        classes = tuple(ClassSpec(name=one["name"], prompts=tuple(one["prompts"])) for one in values.pop("classes"))
+        a1, a2, a3 = values.pop("weights")
+        return TenantConfig(
+            **{**values, "templates": tuple(values["templates"])}, classes=classes, weights=(a1, a2, a3)
+        )
 
     def spec(self, name: str) -> ClassSpec:
         """Return the class of that name.

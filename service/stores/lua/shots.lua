@@ -1,0 +1,25 @@
+-- Adds shots to a tenant's static memory; one whose id is there changes nothing.
+--
+-- KEYS  1 configuration (hash), 2 log, 3 shots' classes, 4 shots' features, 5 shots' images
+-- ARGV  1 epoch that the caller has, then for each shot: id, class id, feature (bytes), image (bytes, '' for none)
+-- Gives the version, or -1 if the epoch is over; then nothing was written.
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
+  return -1
+end
+local new = 0
+for at = 2, #ARGV, 4 do
+  if redis.call('HSETNX', KEYS[3], ARGV[at], ARGV[at + 1]) == 1 then
+    redis.call('HSET', KEYS[4], ARGV[at], ARGV[at + 2])
+    if ARGV[at + 3] ~= '' then
+      redis.call('HSET', KEYS[5], ARGV[at], ARGV[at + 3])
+    end
+    new = new + 1
+  end
+end
+if new == 0 then
+  return tonumber(redis.call('HGET', KEYS[1], 'version'))
+end
+local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
+redis.call('HSET', KEYS[1], 'settled', version)
+redis.call('DEL', KEYS[2])
+return version
