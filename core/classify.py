@@ -6,7 +6,7 @@ it, and the few (image, class) pairs whose slots an earlier image wrote, or the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,8 @@ class Sample:
 class Answers:
     """Probabilities of each branch and of their fusion, one row an image, and what each image did to the memory.
 
-    `writes[i]` is the decision on image i, taken or (where it was not to learn) only read through;
-    `seen[i]` is the dynamic memory that its answer was read from, without its own virtual insert.
+    `writes[i]` is the decision on image i, and `learned[i]` whether the memory took it; where it did not, the answer
+    was read through a virtual insert. `seen[i]` is the dynamic memory after image i.
     """
 
     text: Float[Tensor, "n c"]
@@ -46,12 +46,18 @@ class Answers:
     static: Float[Tensor, "n c"] | None
     fused: Float[Tensor, "n c"]
     writes: tuple[SlotWrite, ...]
+    learned: tuple[bool, ...]
     seen: tuple[DynamicMemory, ...]
     memory: DynamicMemory
 
 
-def classify(shelves: Shelves, samples: Sequence[Sample]) -> Answers:
+def classify(
+    shelves: Shelves, samples: Sequence[Sample], may_store: Callable[[SlotWrite], bool] = lambda _: True
+) -> Answers:
     """Return the answers to images in order, and the memory after those that learn. `shelves` stays as it is.
+
+    `may_store` is asked once, in order, for each write that a learning image would make; one that it refuses is not
+    made, and the image is answered as if it were not to learn.
 
     The write comes before the read, Eq. (6): an image that is stored sees itself. One that must not learn sees the
     memory that its write would have given (a virtual insert).
@@ -60,7 +66,7 @@ def classify(shelves: Shelves, samples: Sequence[Sample]) -> Answers:
     x = torch.stack([sample.views[0] for sample in samples])
     probabilities = _view_probabilities(shelves, samples)
     candidates = _candidates(samples, torch.stack([confident_mean(p) for p in probabilities]))
-    writes, seen, reads = _decide(snapshot.dynamic, samples, candidates)
+    writes, learned, seen, reads = _decide(snapshot.dynamic, samples, candidates, may_store)
     dynamic, static = shelves.scores(x)
     _patch(shelves, dynamic, x, reads)
     text = torch.stack([p[0] for p in probabilities])
@@ -72,6 +78,7 @@ def classify(shelves: Shelves, samples: Sequence[Sample]) -> Answers:
         static=static,
         fused=fuse(text, dynamic, static, snapshot.weights),
         writes=tuple(writes),
+        learned=tuple(learned),
         seen=tuple(seen),
         memory=seen[-1],
     )
@@ -109,13 +116,15 @@ def _decide(
     memory: DynamicMemory,
     samples: Sequence[Sample],
     candidates: Sequence[Candidate],
-) -> tuple[list[SlotWrite], list[DynamicMemory], dict[tuple[int, int], tuple[Slots, list[int]]]]:
-    """Return each image's write, the memory it leaves, and which images see which class differently from before.
+    may_store: Callable[[SlotWrite], bool],
+) -> tuple[list[SlotWrite], list[bool], list[DynamicMemory], dict[tuple[int, int], tuple[Slots, list[int]]]]:
+    """Return each image's write, whether it was made, the memory after it, and who sees which class how.
 
-    The last is keyed by class and identity of its slots, so that images that see the same slots are read together.
+    The last, the images that see a class otherwise than on the shelves, is keyed by class and identity of its slots,
+    so that images that see the same slots are read together.
     """
     before = memory.classes
-    writes, seen = [], []
+    writes, learned, seen = [], [], []
     reads: dict[tuple[int, int], tuple[Slots, list[int]]] = {}
     touched: set[int] = set()
     for i, (sample, candidate) in enumerate(zip(samples, candidates, strict=True)):
@@ -125,12 +134,14 @@ def _decide(
             slots = after.classes[label]
             if slots is not before[label]:
                 reads.setdefault((label, id(slots)), (slots, []))[1].append(i)
-        if sample.learn:
+        made = sample.learn and write.slot is not None and may_store(write)
+        if made:
             memory = after
             touched.add(candidate.label)
         writes.append(write)
+        learned.append(made)
         seen.append(memory)
-    return writes, seen, reads
+    return writes, learned, seen, reads
 
 
 def _patch(

@@ -24,7 +24,10 @@ def fuse(
     branches = [(weights[0], text), (weights[1], dynamic)]
     if static is not None:
         branches.append((weights[2], static))
-    total = sum(weight for weight, _ in branches)
-    if total == 0:
+    largest = max(weight for weight, _ in branches)
+    if largest == 0:
         return text
+    # By the largest first: a sum of very large weights would overflow.
+    branches = [(weight / largest, p) for weight, p in branches]
+    total = sum(weight for weight, _ in branches)
     return sum((weight / total * p for weight, p in branches[1:]), start=branches[0][0] / total * branches[0][1])

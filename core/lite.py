@@ -25,7 +25,7 @@ DIM = 512
 
 WEIGHTS = Path(__file__).parent / "weights" / "lite.safetensors"
 
-WEIGHTS_SHA256 = "0" * 64
+WEIGHTS_SHA256 = "d21bfa4605d5abf05534d794f2e6351a9b18e2cbf7690c46d03e9f36c50eab3d"
 """Of `WEIGHTS`; `scripts/fit_lite.py` prints it."""
 
 _IMAGE_TOWER = "tf_efficientnet_lite0"

@@ -27,12 +27,16 @@ def entropy(p: Float[Tensor, "*n c"], eps: float = ENTROPY_EPS) -> Float[Tensor,
     return -(p * (p + eps).log()).sum(-1)
 
 
+SHARPEST = 1e12
+"""A beta beyond this reads like this one: cosines in float32 differ by 6e-8 at least, or not at all."""
+
+
 def affinity(cosine: Float[Tensor, "*n"], beta: float) -> Float[Tensor, "*n"]:
     """Return exp(-beta (1 - cosine)), Eq. (9); in (0, 1] for beta >= 0.
 
     A cosine that rounding left above 1 counts as 1.
     """
-    return torch.exp(-beta * (1.0 - cosine).clamp_min(0.0))
+    return torch.exp(-min(beta, SHARPEST) * (1.0 - cosine).clamp_min(0.0))
 
 
 def checked_unit(v: Float[Tensor, "*n d"], *, dim: int | None = None, what: str = "feature") -> Float[Tensor, "*n d"]:

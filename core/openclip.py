@@ -30,6 +30,7 @@ from .errors import EncoderUnavailable
 from .numerics import unit
 
 _TEXT_CHUNK = 256
+_CPU_CHUNK = 8
 _PROBE_TIMEOUT_S = 5.0
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -52,10 +53,10 @@ class OpenClipEncoder:
     @torch.inference_mode()
     def encode_images(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Return unit-norm float32 features on `device`; the uint8 pixels travel there before they are normalised."""
-        if len(pixels) == 0:
-            return torch.zeros(0, self.dim, device=self.device)
-        features = self._model.encode_image(self._normalise(pixels.to(self.device, non_blocking=True)))
-        return unit(features.to(torch.float32))
+        # An accelerator wants the batch whole; a CPU is no faster for it and would hold all its activations at once.
+        chunk = _CPU_CHUNK if self.device.type == "cpu" else max(len(pixels), 1)
+        empty = torch.zeros(0, self.dim, device=self.device)
+        return torch.cat([empty, *(self._encode_pixels(part) for part in pixels.split(chunk) if len(part))])
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
@@ -63,6 +64,10 @@ class OpenClipEncoder:
         empty = torch.zeros(0, self.dim, device=self.device)
         starts = range(0, len(texts), _TEXT_CHUNK)
         return torch.cat([empty, *(self._encode_chunk(list(texts[i : i + _TEXT_CHUNK])) for i in starts)])
+
+    def _encode_pixels(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        inputs = self._normalise(pixels.to(self.device, non_blocking=True))
+        return unit(self._model.encode_image(inputs).to(torch.float32))
 
     def _normalise(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
         mean = torch.tensor(self.preprocess.mean, device=self.device)[:, None, None]
@@ -197,11 +202,9 @@ def _download(name: str, settings: Mapping[str, Any]) -> Path:
         _probe(endpoint)
         return Path(open_clip.download_pretrained(settings))
     except Exception as error:
-        architecture = name.partition("/")[0]
         raise EncoderUnavailable(
             f"{name} was asked for, but its weights are not in the cache and cannot be downloaded from {endpoint} "
-            f"({_reason(error)}); give a file ({name}@FILE or {architecture}@FILE), name a mirror with HF_ENDPOINT, "
-            "or use lite.",
+            f"({_reason(error)}); give the file ({name}@FILE), name a mirror with HF_ENDPOINT, or use lite.",
         ) from error
 
 

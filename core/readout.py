@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .bank import Bank
+from .numerics import SHARPEST
 from .projection import Projection, project_slots
 
 _TINY = 1e-20
@@ -85,7 +86,7 @@ def _weights(
     """Return affinities over their class's largest one: Eq. (10) cancels it, and nothing underflows."""
     masked = similar.masked_fill(~mask, -torch.inf)
     below = (masked - masked.amax(-1, keepdim=True)).clamp_min(-4.0)  # cosines differ by 2 at most; keeps 0 * inf out
-    return torch.exp(beta * below) * mask
+    return torch.exp(min(beta, SHARPEST) * below) * mask
 
 
 def _cosines(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ async def add_classes(rooms: Rooms, tenant: str, added: Sequence[ClassSpec]) -> 
 
 async def remove_class(rooms: Rooms, tenant: str, name: str) -> None:
     """Remove a class, its slots and its shots."""
-    await _change(rooms, tenant, lambda old: _must(old, tenant).without(class_name(name)))
+    await _change(
+        rooms, tenant, lambda old: _must(old, tenant).without(class_name(name, rooms.settings.max_text_chars))
+    )
 
 
 async def delete_tenant(rooms: Rooms, tenant: str) -> None:
@@ -111,7 +114,7 @@ async def add_shots(
         part = labelled[start : start + step]
         with rooms.batcher.admit(len(part)):
             keep = record.config.retention == "images"
-            walks += await each([_walk(rooms, one, deadline, keep=keep) for one in part], rooms, deadline)
+            walks += await each([partial(_walk, rooms, one, deadline, keep=keep) for one in part], rooms, deadline)
     count_faults(rooms, walks)
     stamp = await _store_shots(rooms, tenant, [shot for shot in walks if isinstance(shot, StoredShot)])
     told = [
@@ -141,7 +144,7 @@ async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
     Raises:
         UnknownTenant, UnknownClass: there is no such class.
     """
-    spec = (await rooms.archive.record(tenant)).config.spec(class_name(label))
+    spec = (await rooms.archive.record(tenant)).config.spec(class_name(label, rooms.settings.max_text_chars))
     async with rooms.archive.exclusive(tenant):
         stored = await load(rooms, tenant)
         await rooms.store.remove_shots(tenant, [shot.id for shot in stored.shots.get(spec.id, ())])
@@ -155,7 +158,11 @@ async def reset(rooms: Rooms, tenant: str, *, dynamic: bool, static: bool, class
         UnknownTenant, UnknownClass: nothing was emptied.
     """
     record = await rooms.archive.record(tenant)
-    ids = None if classes is None else [record.config.spec(class_name(name)).id for name in classes]
+    ids = (
+        None
+        if classes is None
+        else [record.config.spec(class_name(name, rooms.settings.max_text_chars)).id for name in classes]
+    )
     async with rooms.archive.exclusive(tenant):
         stamp = await rooms.store.reset(tenant, dynamic=dynamic, static=static, class_ids=ids)
         rooms.archive.drop(tenant)
@@ -171,7 +178,7 @@ async def purge(rooms: Rooms, tenant: str, label: str, slot: str) -> None:
     Raises:
         UnknownTenant, UnknownClass, UnknownSlot: it is not there.
     """
-    spec = (await rooms.archive.record(tenant)).config.spec(class_name(label))
+    spec = (await rooms.archive.record(tenant)).config.spec(class_name(label, rooms.settings.max_text_chars))
     async with rooms.archive.exclusive(tenant):
         removed = await rooms.store.purge(tenant, spec.id, slot)
         rooms.archive.drop(tenant)
@@ -216,17 +223,20 @@ async def _replace(rooms: Rooms, tenant: str, stored: StoredMemory | None, confi
         # Features of another encoder are of no use to this one: the tenant starts anew.
         await rooms.store.delete(tenant)
         stored = None
-    slots = {} if stored is None else await _carried(rooms, stored, config)
+    # Even where no slot needs it: the first image should not have to wait for the prompts.
+    text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
+    slots = {} if stored is None else await _carried(rooms, stored, config, text)
     expected = None if stored is None else stored.record.stamp
     return await rooms.store.replace(tenant, config, fingerprint, expected=expected, slots=slots)
 
 
-async def _carried(rooms: Rooms, stored: StoredMemory, config: TenantConfig) -> Mapping[str, Sequence[StoredSlot]]:
+async def _carried(
+    rooms: Rooms, stored: StoredMemory, config: TenantConfig, text: Tensor
+) -> Mapping[str, Sequence[StoredSlot]]:
     """Return the slots of the classes that stay, re-scored where the label set changed, the best of each."""
     stay = {spec.id for spec in config.classes}
     slots = {own: bank for own, bank in stored.slots.items() if own in stay and bank}
     if slots and config.labelling != stored.record.config.labelling:
-        text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
         slots = await rooms.worker.run(_rescored, slots, config, text, rooms.encoder.logit_scale)
         logs.event(logs.MEMORY_RESCORED, tenant=stored.record.name, slots=sum(map(len, slots.values())))
     return {own: sorted(bank, key=lambda slot: (slot.entropy, slot.id))[: config.slots] for own, bank in slots.items()}

@@ -36,8 +36,8 @@ from .worker import Worker
 class HotMemory:
     """One tenant's memory, ready to be read. `shelves` is touched in the worker alone.
 
-    `position` leads from class id to class position; `filled` are dynamic slots; `nbytes` counts features and what is
-    kept ready from them.
+    `position` leads from class id to class position; `barred` are purged slots; `filled` are dynamic slots; `nbytes`
+    counts features and what is kept ready from them.
     """
 
     record: TenantRecord
@@ -46,6 +46,7 @@ class HotMemory:
     synced_at: float
     shot_bytes: int
     position: dict[str, int]
+    barred: frozenset[tuple[str, str]] = frozenset()
     filled: int = 0
     nbytes: int = 0
 
@@ -170,6 +171,7 @@ class Archive:
             synced_at=loaded_at,
             shot_bytes=sum(shot.nbytes for own in stored.shots.values() for shot in own),
             position={spec.id: i for i, spec in enumerate(config.classes)},
+            barred=stored.barred,
         )
         await self._worker.run(hot.measure)
         return hot

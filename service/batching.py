@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from core.errors import InvalidFeature
+from core.numerics import checked_unit
+
 from . import logs
 from .errors import DeadlineExceeded, Draining, Internal, InvalidRequest, QueueFull, ServiceError
 from .metrics import Metrics
@@ -213,13 +216,23 @@ def encode_each(encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) ->
     stands alone. Its neighbours never hear of it.
     """
     try:
-        return list(torch.split(encode(torch.cat(list(images))), [len(pixels) for pixels in images]))
+        features = encode(torch.cat(list(images)))
+        return [_usable(own) for own in torch.split(features, [len(pixels) for pixels in images])]
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the neighbours
         if len(images) > 1:
             logs.event(logs.BATCH_HALVED, images=len(images), reason=type(error).__name__)
             middle = len(images) // 2
             return encode_each(encode, images[:middle]) + encode_each(encode, images[middle:])
         return _alone(encode, images[0], error)
+
+
+def _usable(features: Tensor) -> Tensor | ServiceError:
+    """Return an image's features if each is a direction; what a memory takes in, it keeps."""
+    try:
+        return checked_unit(features)
+    except InvalidFeature as error:
+        logs.event(logs.BATCH_FAILED, level=logging.ERROR, error=error)
+        return Internal("The encoder gave no usable feature for this image.")
 
 
 def _alone(encode: Callable[[Tensor], Tensor], views: Tensor, error: Exception) -> list[Tensor | ServiceError]:

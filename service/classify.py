@@ -6,8 +6,9 @@ bytes ──darkroom──> pixels ──batcher──> features ──desk─�
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from .desk import Question, Reading
@@ -48,9 +49,9 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
         raise LimitExceeded(f"{call.views} views were asked for; at most {rooms.settings.max_views} are allowed.")
     with rooms.batcher.admit(len(call.images) * call.views):
         await _check_tenant(rooms, call.tenant)
-        encoded = await each([_encode(rooms, call, image) for image in call.images], rooms, call.deadline)
+        encoded = await each([partial(_encode, rooms, call, image) for image in call.images], rooms, call.deadline)
         # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
-        results = await each([_read(rooms, call, one) for one in encoded], rooms, call.deadline)
+        results = await each([partial(_read, rooms, call, one) for one in encoded], rooms, call.deadline)
     count_faults(rooms, results)
     return results
 
@@ -83,7 +84,7 @@ async def _read(rooms: Rooms, call: ClassifyCall, encoded: _Encoded | Fault) -> 
     return reading
 
 
-async def each(walks: Sequence[Coroutine[object, object, T]], rooms: Rooms, deadline: float) -> list[T | Fault]:
+async def each(walks: Sequence[Callable[[], Awaitable[T]]], rooms: Rooms, deadline: float) -> list[T | Fault]:
     """Return what each image's walk returns, or its own fault; those not done by the deadline are given up.
 
     Raises:
@@ -118,10 +119,10 @@ def check_count(images: int, settings: Settings) -> None:
         raise TooManyImages(f"The call holds {images} images; at most {settings.max_images} are allowed.")
 
 
-async def _in_time(walk: Coroutine[object, object, T], rooms: Rooms, deadline: float) -> T:
+async def _in_time(walk: Callable[[], Awaitable[T]], rooms: Rooms, deadline: float) -> T:
     try:
         async with asyncio.timeout(max(0.0, deadline - rooms.clock())):
-            return await walk
+            return await walk()
     except TimeoutError as error:
         raise DeadlineExceeded("The deadline passed before the image was answered.") from error
 

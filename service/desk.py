@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -31,6 +31,7 @@ GROUP = 32
 """Images read together, and so candidates in one push, at most."""
 
 STRONGEST = 3
+_HELD = (Outcome.FILLED, Outcome.REPLACED, Outcome.DUPLICATE)
 _TRIES = 3
 
 
@@ -148,14 +149,12 @@ class Desk:
                 _fail(queue, error)
         del self._queues[tenant]
 
-    async def _answer(self, hot: HotMemory, group: Sequence[_Waiting], timings: dict[str, float]) -> None:
-        questions = [waiting.question for waiting in group]
-        if not questions:
+    async def _answer(self, hot: HotMemory, group: list[_Waiting], timings: dict[str, float]) -> None:
+        answers, traces, group = await self._read(hot, group, timings)
+        if answers is None:
             return
-        with self._metrics.stage("memory", timings):
-            answers, traces = await self._worker.run(_read, hot, questions)
         with self._metrics.stage("store", timings):
-            learned = await self._learn(hot, questions, answers.writes)
+            learned = await self._learn(hot, group, answers)
         names = tuple(spec.name for spec in hot.config.classes)
         for i, (waiting, own) in enumerate(zip(group, learned, strict=True)):
             if waiting.future.done():
@@ -173,36 +172,37 @@ class Desk:
             )
             waiting.future.set_result(reading)
 
-    async def _learn(self, hot: HotMemory, questions: Sequence[Question], writes: Sequence[SlotWrite]) -> list[Learned]:
-        """Push what the memory would take, take the store's changes back, and return what became of each image."""
-        wanted = self._within_bytes(hot, questions, writes)
+    async def _read(
+        self, hot: HotMemory, group: list[_Waiting], timings: dict[str, float]
+    ) -> tuple[Answers | None, list[Explanation | None], list[_Waiting]]:
+        """Return the answers to those of a group who wait to the end; who leaves meanwhile leaves no trace in them."""
+        while group:
+            questions = [waiting.question for waiting in group]
+            with self._metrics.stage("memory", timings):
+                answers, traces = await self._worker.run(_classify, hot, questions, self._tenant_max_bytes)
+            stay = [waiting for waiting in group if not waiting.future.done()]
+            if len(stay) == len(group):
+                return answers, traces, group
+            group = stay
+        return None, [], []
+
+    async def _learn(self, hot: HotMemory, group: Sequence[_Waiting], answers: Answers) -> list[Learned]:
+        """Push what the memory took, take the store's changes back, and return what became of each image."""
+        wanted = [i for i, took in enumerate(answers.learned) if took]
         verdicts: dict[int, Verdict] = {}
         if wanted:
-            candidates = [_candidate(hot, writes[i]) for i in wanted]
+            candidates = [_candidate(hot, answers.writes[i]) for i in wanted]
             pushed = await self._store.push(hot.record.name, hot.stamp, candidates)
             await self._archive.take_back(hot, pushed.synced.stamp, pushed.synced.changes)
             verdicts = dict(zip(wanted, pushed.verdicts, strict=True))
         learned = [
-            _learned(hot, question, write, verdicts.get(i))
-            for i, (question, write) in enumerate(zip(questions, writes, strict=True))
+            _learned(hot, waiting.question, write, verdicts.get(i))
+            for i, (waiting, write) in enumerate(zip(group, answers.writes, strict=True))
         ]
         for own in learned:
             self._metrics.updates.labels(own.outcome).inc()
             self._metrics.entropy_nats.observe(own.entropy)
         return learned
-
-    def _within_bytes(self, hot: HotMemory, questions: Sequence[Question], writes: Sequence[SlotWrite]) -> list[int]:
-        """Return which images to push: those that learn and have a slot, and no more fills than the tenant may hold."""
-        each = FEATURE_BYTES * hot.snapshot.text.shape[-1]
-        room = (self._tenant_max_bytes - hot.shot_bytes) // each - hot.filled
-        wanted = []
-        for i, (question, write) in enumerate(zip(questions, writes, strict=True)):
-            fills = write.outcome is Outcome.FILLED
-            if not question.learn or not hot.config.learn or write.slot is None or (fills and room <= 0):
-                continue
-            room -= fills
-            wanted.append(i)
-        return wanted
 
 
 def _take(queue: deque[_Waiting]) -> list[_Waiting]:
@@ -223,11 +223,13 @@ def _fail(waiting: Collection[_Waiting], error: Exception) -> None:
         waiting.clear()
 
 
-def _read(hot: HotMemory, questions: Sequence[Question]) -> tuple[Answers, list[Explanation | None]]:
+def _classify(
+    hot: HotMemory, questions: Sequence[Question], max_bytes: int
+) -> tuple[Answers, list[Explanation | None]]:
     """Classify in the worker, and bring the probabilities to the CPU."""
     learn = hot.config.learn
     samples = [Sample(views=q.views, id=q.digest, learn=q.learn and learn) for q in questions]
-    answers = classify(hot.shelves, samples)
+    answers = classify(hot.shelves, samples, _may_store(hot, max_bytes))
     traces = [
         _explain(hot, sample.views[:1], answers.seen[i]) if question.explain else None
         for i, (sample, question) in enumerate(zip(samples, questions, strict=True))
@@ -242,6 +244,26 @@ def _read(hot: HotMemory, questions: Sequence[Question]) -> tuple[Answers, list[
     return on_cpu, traces
 
 
+def _may_store(hot: HotMemory, max_bytes: int) -> Callable[[SlotWrite], bool]:
+    """Return who may enter: not what was purged in this epoch, and no more fills than the tenant may hold."""
+    each = FEATURE_BYTES * hot.snapshot.text.shape[-1]
+    room = (max_bytes - hot.shot_bytes) // each - hot.filled
+
+    def may(write: SlotWrite) -> bool:
+        nonlocal room
+        fills = write.outcome is Outcome.FILLED
+        if _is_barred(hot, write) or (fills and room <= 0):
+            return False
+        room -= fills
+        return True
+
+    return may
+
+
+def _is_barred(hot: HotMemory, write: SlotWrite) -> bool:
+    return (hot.config.classes[write.candidate.label].id, str(write.candidate.id)) in hot.barred
+
+
 def _candidate(hot: HotMemory, write: SlotWrite) -> PushCandidate:
     sample = write.candidate
     slot = StoredSlot(id=str(sample.id), entropy=sample.entropy, feature=encode_feature(sample.key))
@@ -249,16 +271,22 @@ def _candidate(hot: HotMemory, write: SlotWrite) -> PushCandidate:
 
 
 def _learned(hot: HotMemory, question: Question, write: SlotWrite, verdict: Verdict | None) -> Learned:
+    """Return what became of an image: the store's verdict, or why nothing was pushed."""
+    if verdict is not None:
+        outcome = str(verdict.outcome)
+    elif not question.learn or not hot.config.learn:
+        outcome = "skipped"
+    elif write.slot is None:
+        outcome = str(write.outcome)
+    else:
+        outcome = str(Outcome.REJECTED) if _is_barred(hot, write) else "skipped"
     sample = write.candidate
-    label = hot.config.classes[sample.label].name
-    if verdict is None:
-        looked_only = not question.learn or not hot.config.learn or write.outcome is Outcome.FILLED
-        outcome = "skipped" if looked_only else str(write.outcome)
-        kept = str(sample.id) if outcome == Outcome.DUPLICATE else None
-        return Learned(outcome=outcome, label=label, entropy=sample.entropy, slot=kept)
-    kept = None if verdict.outcome is Outcome.REJECTED else str(sample.id)
     return Learned(
-        outcome=str(verdict.outcome), label=label, entropy=sample.entropy, slot=kept, evicted=verdict.evicted
+        outcome=outcome,
+        label=hot.config.classes[sample.label].name,
+        entropy=sample.entropy,
+        slot=str(sample.id) if outcome in _HELD else None,
+        evicted=None if verdict is None else verdict.evicted,
     )
 
 

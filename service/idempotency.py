@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
 
-from .errors import IdempotencyConflict, InvalidRequest
+from .errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest
 from .locks import KeyedLocks
 from .stores.base import MemoryStore, Remembered
 
@@ -21,19 +23,31 @@ class Ledger:
         self._under_way = KeyedLocks()
 
     async def once(
-        self, tenant: str, key: str | None, digest: str, answer: Callable[[], Awaitable[Remembered]]
+        self,
+        tenant: str,
+        key: str | None,
+        digest: str,
+        answer: Callable[[], Awaitable[Remembered]],
+        *,
+        wait_s: float,
     ) -> Remembered:
         """Return the answer kept for a key, or give one and keep it if it is a success.
 
         Raises:
             InvalidRequest: the key is malformed.
+            DeadlineExceeded: another call with this key is not done after `wait_s` seconds.
             IdempotencyConflict: the key was used for a request of another digest.
         """
         if key is None:
             return await answer()
         if not key.isascii() or not key.isprintable() or not 0 < len(key) <= _LONGEST_KEY:
             raise InvalidRequest(f"Idempotency-Key must have 1 to {_LONGEST_KEY} printable ASCII characters.")
-        async with self._under_way.hold((tenant, key)):
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(wait_s):
+                    await stack.enter_async_context(self._under_way.hold((tenant, key)))
+            except TimeoutError as error:
+                raise DeadlineExceeded("Another call with this Idempotency-Key is still under way.") from error
             return await self._once(tenant, key, digest, answer)
 
     async def _once(

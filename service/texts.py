@@ -24,7 +24,9 @@ class TextFeatures:
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
     async def class_weights(self, prompts: Sequence[tuple[str, ...]]) -> Tensor:
-        """Return t_c (c, d), Eq. (1), for the prompts of each class."""
+        """Return t_c (c, d), Eq. (1), for the prompts of each class; (0, 0) for none."""
+        if not prompts:
+            return torch.empty(0, 0)
         features = await self._features(list(dict.fromkeys(prompt for own in prompts for prompt in own)))
         return await self._worker.run(
             lambda: class_weights([torch.stack([features[prompt] for prompt in own]) for own in prompts])

@@ -28,4 +28,4 @@ async def reset(rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, body: Res
         )
         return json_answer(ResetOut(tenant=tenant, memory=stamp_out(stamp)), digest)
 
-    return response_of(await ledger.once(tenant, key, digest, once))
+    return response_of(await ledger.once(tenant, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))

@@ -6,8 +6,8 @@ import asyncio
 import base64
 import binascii
 import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import PurePosixPath
@@ -15,9 +15,10 @@ from pathlib import PurePosixPath
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ..adapt import LabelledImage
-from ..errors import InvalidRequest, LimitExceeded, TooManyImages, UnsupportedBody
+from ..errors import InvalidRequest, LimitExceeded, ServiceError, TooManyImages, UnsupportedBody
 from ..images import ImageFault, ImageUnreadable
 from ..settings import Settings
 from .schemas import ClassifyIn
@@ -48,7 +49,7 @@ async def read_images(request: Request, settings: Settings) -> Images:
     """
     kind = _kind(request)
     if kind == _MULTIPART:
-        async with request.form(max_files=_most(settings), max_fields=_most(settings)) as form:
+        async with _form(request, settings) as form:
             return await _files(form, settings)
     if kind.startswith("image/"):
         return [await request.body()]
@@ -71,7 +72,7 @@ async def read_shots(request: Request, settings: Settings) -> Upload:
         return await _unzipped(await request.body(), settings)
     if kind != _MULTIPART:
         raise UnsupportedBody("Send multipart/form-data with `label` and `images`, or an application/zip body.")
-    async with request.form(max_files=_most(settings), max_fields=_most(settings)) as form:
+    async with _form(request, settings) as form:
         images = await _files(form, settings)
         labels = form.getlist("label")
     if not labels and len(images) == 1 and isinstance(images[0], bytes) and images[0].startswith(_ZIP_START):
@@ -85,9 +86,44 @@ def _kind(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _most(settings: Settings) -> int:
-    # Beyond this the parser itself gives up; up to it we can say how many were too many.
-    return settings.max_images + 1000
+@asynccontextmanager
+async def _form(request: Request, settings: Settings) -> AsyncIterator[FormData]:
+    """Parse a multipart body, which has to be whole and whose text has to be UTF-8; its files go with the context."""
+    most = settings.max_images
+    parser = _Parser(request.headers, request.stream(), max_files=most, max_fields=most)
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        if error.message.startswith("Too many files"):
+            raise TooManyImages(f"The call holds more than the {most} images that are allowed.") from error
+        raise InvalidRequest(f"The multipart body cannot be read: {error.message.rstrip('.')}.") from error
+    except (UnicodeError, KeyError) as error:
+        raise InvalidRequest("The multipart body has no boundary, or names a charset that there is not.") from error
+    try:
+        if not parser.whole:
+            raise InvalidRequest("The multipart body is cut off: its closing boundary is missing.")
+        yield form
+    finally:
+        await form.close()
+
+
+class _Parser(MultiPartParser):
+    """Starlette's parser, which alone would take a body that is cut off, and guess what text that is no UTF-8 means."""
+
+    whole = False
+
+    def on_part_end(self) -> None:
+        part = self._current_part
+        if part.file is None:
+            try:
+                bytes(part.data).decode()
+            except UnicodeDecodeError as error:
+                raise MultiPartException("A text field is not UTF-8.") from error
+        super().on_part_end()
+
+    def on_end(self) -> None:
+        self.whole = True
+        super().on_end()
 
 
 async def _files(form: FormData, settings: Settings) -> Images:
@@ -132,8 +168,11 @@ def _unzip(body: bytes, settings: Settings) -> list[LabelledImage]:
         with zipfile.ZipFile(BytesIO(body)) as archive:
             entries = _entries(archive.infolist(), settings)
             return [_entry(archive, label, info, settings) for label, info in entries]
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, zlib.error, OSError) as error:
-        raise InvalidRequest(f"The zip cannot be read: {error}.") from error
+    except ServiceError:
+        raise
+    except Exception as error:
+        # Whatever a hostile archive makes of the parsers of its many formats.
+        raise InvalidRequest(f"The zip cannot be read ({type(error).__name__}).") from error
 
 
 def _entries(infos: Sequence[zipfile.ZipInfo], settings: Settings) -> list[tuple[str, zipfile.ZipInfo]]:

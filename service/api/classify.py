@@ -17,7 +17,6 @@ from .bodies import Images, read_images
 from .deps import DeadlineDep, KeyDep, LedgerDep, RoomsDep, TenantDep, json_answer, response_of, stamp_out, unless_gone
 from .problems import AllFailed, problem_of
 from .schemas import (
-    ClassifyIn,
     ClassifyOut,
     ExplainOut,
     LearnedOut,
@@ -31,12 +30,14 @@ from .schemas import (
 router = APIRouter(tags=["classify"])
 
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
+_IMAGE = {"type": "object", "properties": {"data": {"type": "string", "format": "byte"}}, "required": ["data"]}
+_BASE64 = {"type": "array", "items": _IMAGE}
 _BODY = {
     "required": True,
     "content": {
         "multipart/form-data": {"schema": {"type": "object", "properties": {"images": _FILES}, "required": ["images"]}},
         "image/*": {"schema": {"type": "string", "format": "binary"}},
-        "application/json": {"schema": ClassifyIn.model_json_schema(ref_template="#/components/schemas/{model}")},
+        "application/json": {"schema": {"type": "object", "properties": {"images": _BASE64}, "required": ["images"]}},
     },
 }
 
@@ -86,7 +87,7 @@ async def _answer(
         )
         return json_answer(told, digest)
 
-    return response_of(await ledger.once(call.tenant, key, digest, once), headers)
+    return response_of(await ledger.once(call.tenant, key, digest, once, wait_s=call.deadline - rooms.clock()), headers)
 
 
 def _told(result: Reading | Fault, top_k: int) -> PredictionOut:

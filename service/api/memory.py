@@ -75,7 +75,7 @@ async def list_slots(
 ) -> SlotListOut:
     """Return a page of a class's dynamic slots, the surest first."""
     stored = await adapt.load(rooms, tenant)
-    spec = stored.record.config.spec(class_name(name))
+    spec = stored.record.config.spec(class_name(name, rooms.settings.max_text_chars))
     slots = sorted(stored.slots.get(spec.id, ()), key=lambda slot: (slot.entropy, slot.id))
     part, more = page(slots, limit, cursor, lambda slot: slot.id)
     return SlotListOut(items=[SlotItemOut(slot=slot.id, entropy=slot.entropy) for slot in part], next=more)
@@ -141,7 +141,10 @@ async def remove_shot(rooms: RoomsDep, tenant: TenantDep, shot: str) -> None:
 async def _store(
     rooms: Rooms, ledger: LedgerDep, tenant: str, upload: Upload, deadline: float, key: str | None
 ) -> Response:
-    labelled = [adapt.LabelledImage(label=class_name(one.label), image=one.image) for one in upload.labelled]
+    labelled = [
+        adapt.LabelledImage(label=class_name(one.label, rooms.settings.max_text_chars), image=one.image)
+        for one in upload.labelled
+    ]
     contents = (part for one in labelled for part in (one.label, one.image if isinstance(one.image, bytes) else b""))
     digest = digest_of(("shots", *contents))
 
@@ -153,7 +156,7 @@ async def _store(
         shots = [_shot_out(one.label, result) for one, result in zip(labelled, results, strict=True)]
         return json_answer(ShotsOut(shots=shots, memory=stamp_out(stamp)), digest, 201)
 
-    return response_of(await ledger.once(tenant, key, digest, once))
+    return response_of(await ledger.once(tenant, key, digest, once, wait_s=deadline - rooms.clock()))
 
 
 def _shot_out(label: str, result: adapt.Shot | Fault) -> ShotOut:

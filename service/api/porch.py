@@ -9,14 +9,17 @@ from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import logs
 from ..metrics import Metrics
+from .deps import GONE
 from .problems import problem, problem_response
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_LONGEST_LENGTH = 18
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _NOT_LOGGED = frozenset(("/livez", "/readyz", "/metrics"))
 
@@ -37,6 +40,8 @@ class Porch:
         start, visit = perf_counter(), _Visit(send, own_id)
         try:
             await self._let_in(scope, receive, visit)
+        except ClientDisconnect:
+            visit.status = visit.status or GONE
         except Exception as error:  # noqa: BLE001 - the last one who can turn it into an answer
             logs.event(logs.FAILED, level=logging.ERROR, error=error)
             if not visit.status:
@@ -46,8 +51,8 @@ class Porch:
             logs.request_id.reset(token)
 
     async def _let_in(self, scope: Scope, receive: Receive, visit: _Visit) -> None:
-        told = Headers(scope=scope).get("content-length", "")
-        if told.isdigit() and int(told) > self._max_body_bytes:
+        if _length(Headers(scope=scope)) > self._max_body_bytes:
+            _metrics(scope).rejected.labels("body-too-large").inc()
             await problem_response(problem("body-too-large", self._too_large()))(scope, receive, visit.send)
             return
         await self._app(scope, self._bounded(receive), visit.send)
@@ -71,9 +76,9 @@ class Porch:
         return f"The body has more than the {self._max_body_bytes} bytes that are allowed."
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = _route(scope)
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        metrics: Metrics = scope["app"].state.rooms.metrics
+        metrics = _metrics(scope)
         metrics.requests.labels(method, route, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)
         if route not in _NOT_LOGGED:
@@ -92,6 +97,26 @@ class _Visit:
             self.status = message["status"]
             MutableHeaders(scope=message)["X-Request-ID"] = self._id
         await self._send(message)
+
+
+def _metrics(scope: Scope) -> Metrics:
+    metrics: Metrics = scope["app"].state.rooms.metrics
+    return metrics
+
+
+def _route(scope: Scope) -> str:
+    """Return the template of the route that was taken; the documentation's own routes do not name themselves."""
+    route = scope.get("route")
+    if route is not None:
+        return str(route.path)
+    app, path = scope["app"], scope["path"]
+    return path if path in (app.docs_url, app.openapi_url, app.redoc_url) else "unmatched"
+
+
+def _length(headers: Headers) -> int:
+    """Return the length that a body is said to have; 0 where nothing sensible is said, since it is counted anyway."""
+    told = headers.get("content-length", "")
+    return int(told) if told.isascii() and told.isdigit() and len(told) <= _LONGEST_LENGTH else 0
 
 
 def _request_id(headers: Headers) -> str:

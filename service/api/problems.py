@@ -97,11 +97,12 @@ def register(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         slug = _BY_STATUS.get(error.status_code, "invalid-request")
-        detail = str(error.detail)
+        detail = f"{str(error.detail).rstrip('.')}."
         if slug == "not-found":
             detail = f"There is no route {request.url.path[:200]!r}."
         if slug == "method-not-allowed":
             detail = f"{request.method[:20]} is not allowed here."
+        request.app.state.rooms.metrics.rejected.labels(slug).inc()
         return problem_response(problem(slug, detail), headers=dict(error.headers or {}))
 
 

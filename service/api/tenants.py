@@ -56,7 +56,7 @@ async def add_classes(
         record = await adapt.add_classes(rooms, name, specs(body.classes))
         return json_answer(TenantOut.of(record.name, record.config), digest, 201)
 
-    return response_of(await ledger.once(name, key, digest, once))
+    return response_of(await ledger.once(name, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
 
 
 @router.delete("/{tenant}/classes/{name:path}", status_code=204, summary="Remove a class and its memories")

@@ -103,11 +103,15 @@ class TenantRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMemory:
-    """Everything of one tenant, read at one moment; slots and shots by class id."""
+    """Everything of one tenant, read at one moment; slots and shots by class id.
+
+    `barred` are the class and slot ids that were purged in this epoch and may not come back.
+    """
 
     record: TenantRecord
     slots: Mapping[str, tuple[StoredSlot, ...]]
     shots: Mapping[str, tuple[StoredShot, ...]]
+    barred: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

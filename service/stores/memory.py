@@ -36,7 +36,7 @@ class _Held:
     record: TenantRecord
     slots: dict[str, dict[str, StoredSlot]] = field(default_factory=dict)
     shots: dict[str, StoredShot] = field(default_factory=dict)
-    tombstones: set[tuple[str, str]] = field(default_factory=set)
+    barred: set[tuple[str, str]] = field(default_factory=set)
     log: deque[tuple[int, Change]] = field(default_factory=lambda: deque(maxlen=LOG_LENGTH))
     settled: int = 0
 
@@ -67,6 +67,7 @@ class InProcessStore:
             record=held.record,
             slots={class_id: tuple(bank.values()) for class_id, bank in held.slots.items()},
             shots={class_id: tuple(own) for class_id, own in shots.items()},
+            barred=frozenset(held.barred),
         )
 
     async def replace(
@@ -137,7 +138,7 @@ class InProcessStore:
         held = self._tenants.get(tenant)
         if held is None or held.slots.get(class_id, {}).pop(slot, None) is None:
             return False
-        held.tombstones.add((class_id, slot))
+        held.barred.add((class_id, slot))
         self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
         return True
 
@@ -167,7 +168,7 @@ class InProcessStore:
     def _settle(self, held: _Held, stamp: Stamp) -> None:
         """Move to a stamp by a change that is no slot write: whoever is behind it has to load."""
         if stamp.epoch != held.record.stamp.epoch:
-            held.tombstones.clear()
+            held.barred.clear()
         held.record = replace(held.record, stamp=stamp)
         held.settled = stamp.version
         held.log.clear()
@@ -175,7 +176,7 @@ class InProcessStore:
     def _enter(self, held: _Held, candidate: PushCandidate, changes: list[Change]) -> Verdict:
         """Apply Eq. (5) to what is held now, as `core.dynamic.propose` and `apply` do; note what it changes."""
         slot, bank = candidate.slot, held.slots.setdefault(candidate.class_id, {})
-        if (candidate.class_id, slot.id) in held.tombstones:
+        if (candidate.class_id, slot.id) in held.barred:
             return Verdict(outcome=Outcome.REJECTED)
         known = bank.get(slot.id)
         if known is not None:

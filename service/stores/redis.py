@@ -215,6 +215,7 @@ class RedisStore:
             for class_id, entropies, features in zip(part, reply[1::2], reply[2::2], strict=True):
                 slots[class_id] = _slots(entropies, features)
         shots = await self._shots(keys)
+        barred = [entry.decode().split("/", 1) for entry in await self._do(self._client.smembers(keys.tombstones))]
         # Slices are read one after the other: what changed meanwhile is in the log, and changing it again is harmless.
         synced = await self.sync(tenant, record.stamp)
         for change in synced.changes:
@@ -225,7 +226,10 @@ class RedisStore:
             name=record.name, config=record.config, fingerprint=record.fingerprint, stamp=synced.stamp
         )
         return StoredMemory(
-            record=config, slots={own: tuple(held.values()) for own, held in slots.items()}, shots=shots
+            record=config,
+            slots={own: tuple(held.values()) for own, held in slots.items()},
+            shots=shots,
+            barred=frozenset((own, id_) for own, id_ in barred),
         )
 
     async def _shots(self, keys: Keys) -> dict[str, tuple[StoredShot, ...]]:

