@@ -69,7 +69,7 @@ def classify(
     writes, learned, seen, reads = _decide(snapshot.dynamic, samples, candidates, may_store)
     dynamic, static = shelves.scores(x)
     _patch(shelves, dynamic, x, reads)
-    text = torch.stack([p[0] for p in probabilities])
+    text = torch.stack([p[0] for p in probabilities]).to(dynamic.dtype)
     dynamic = dynamic.softmax(-1)
     static = None if static is None else static.softmax(-1)
     return Answers(
@@ -95,11 +95,15 @@ def confident_mean(views: Float[Tensor, "v c"]) -> Float[Tensor, " c"]:
 
 
 def _view_probabilities(shelves: Shelves, samples: Sequence[Sample]) -> tuple[Float[Tensor, "_ c"], ...]:
-    """Return softmax(tau u(t_c + b_t[c]) . x_v) of every view of every image, Eq. (2) and (14)."""
+    """Return softmax(tau u(t_c + b_t[c]) . x_v) of every view of every image, Eq. (2) and (14), in float64.
+
+    In float32 the probability of a sure image rounds to 1, and entropies that order the memory would tie or differ by
+    chance with the size of the batch.
+    """
     snapshot = shelves.snapshot
     head = project_text(snapshot.text, snapshot.projection)
     every = torch.cat([sample.views for sample in samples])
-    p = (snapshot.tau * every @ head.T).softmax(-1)
+    p = (snapshot.tau * every @ head.T).double().softmax(-1)
     return torch.split(p, [len(sample.views) for sample in samples])
 
 

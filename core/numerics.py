@@ -14,7 +14,7 @@ VIEW_EPS = 1e-6
 ENTROPY_EPS = 1e-8
 """Added inside the logarithm of a sample's entropy, Eq. (4)."""
 
-_TINY = 1e-12
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def unit(v: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:

@@ -13,9 +13,12 @@ from .numerics import unit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:
-    """Offsets b_q, b_k, b_v, b_o, b_t, one row a class. Where no projection is given, all of them are zero."""
+    """Offsets b_q, b_k, b_v, b_o, b_t, one row a class. Where no projection is given, all of them are zero.
 
-    query: Float[Tensor, "c d"]
+    Where the others are those of some classes, `query` still holds every class: Eq. (7) takes its mean over all.
+    """
+
+    query: Float[Tensor, "all d"]
     key: Float[Tensor, "c d"]
     value: Float[Tensor, "c d"]
     output: Float[Tensor, "c d"]
@@ -27,10 +30,7 @@ class Projection:
         return Projection(**{field.name: torch.zeros(classes, dim) for field in fields(Projection)})
 
     def of(self, classes: Int[Tensor, " n"]) -> Projection:
-        """Return the offsets of some classes, in the order of `classes`.
-
-        The query offset keeps every class: Eq. (7) takes its mean over all of them.
-        """
+        """Return the offsets of some classes, in the order of `classes`."""
         return Projection(
             query=self.query,
             key=self.key[classes],

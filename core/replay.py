@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from dataclasses import replace as dc_replace
@@ -12,6 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,6 +30,9 @@ from .static import Shots, StaticMemory
 BATCH = 64
 BINS = 15
 DEFAULT_TAU = 100.0
+
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, BadZipFile, zlib.error)
+"""What numpy and zipfile raise on files that are damaged or something else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,10 +172,14 @@ def calibration_error(p: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> flo
 
 def _read(path: Path) -> dict[str, NDArray[np.generic]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, BadZipFile, AttributeError) as error:
+        with path.open("rb") as raw:
+            loaded = np.load(raw, allow_pickle=False)
+            arrays = {name: loaded[name] for name in loaded.files} if isinstance(loaded, NpzFile) else {}
+    except _UNREADABLE as error:
         raise InvalidStream(f"{path} cannot be read as a stream (.npz without pickled objects): {error}") from error
+    if not arrays or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise InvalidStream(f"{path} is no archive of arrays (.npz).")
+    return arrays
 
 
 def _stream(arrays: Mapping[str, NDArray[np.generic]]) -> Stream:
@@ -188,9 +197,9 @@ def _stream(arrays: Mapping[str, NDArray[np.generic]]) -> Stream:
         shot_labels=_labels(arrays, "shot_labels", len(shots), classes) if len(shots) else torch.empty(0).long(),
         classnames=_names(arrays, classes),
         projection=_projection(arrays, classes, dim),
-        slots=int(_scalar(arrays, "slots", DEFAULT_SLOTS, least=0)),
-        beta=_scalar(arrays, "beta", DEFAULT_BETA, least=0),
-        tau=_scalar(arrays, "logit_scale", DEFAULT_TAU, least=0),
+        slots=int(_scalar(arrays, "slots", float(DEFAULT_SLOTS), least=0.0)),
+        beta=_scalar(arrays, "beta", DEFAULT_BETA, least=0.0),
+        tau=_scalar(arrays, "logit_scale", DEFAULT_TAU, least=0.0),
     )
 
 
@@ -202,7 +211,8 @@ def _numbers(arrays: Mapping[str, NDArray[np.generic]], name: str, ndim: tuple[i
             f"Array {name!r} has type {array.dtype} and shape {array.shape}; expected numbers in {shape} dimensions, "
             "not empty."
         )
-    return torch.from_numpy(array.astype(np.float32))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        return torch.from_numpy(array.astype(np.float32))
 
 
 def _features(

@@ -132,10 +132,10 @@ async def remove_shot(rooms: Rooms, tenant: str, shot: str) -> None:
     """
     await rooms.archive.record(tenant)
     async with rooms.archive.exclusive(tenant):
-        removed = await rooms.store.remove_shots(tenant, [shot])
-        rooms.archive.drop(tenant)
-    if not removed:
-        raise UnknownShot(f"There is no shot {shot!r}.")
+        if await rooms.store.remove_shots(tenant, [shot]):
+            rooms.archive.drop(tenant)
+            return
+    raise UnknownShot(f"There is no shot {shot!r}.")
 
 
 async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
@@ -147,8 +147,8 @@ async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
     spec = (await rooms.archive.record(tenant)).config.spec(class_name(label, rooms.settings.max_text_chars))
     async with rooms.archive.exclusive(tenant):
         stored = await load(rooms, tenant)
-        await rooms.store.remove_shots(tenant, [shot.id for shot in stored.shots.get(spec.id, ())])
-        rooms.archive.drop(tenant)
+        if await rooms.store.remove_shots(tenant, [shot.id for shot in stored.shots.get(spec.id, ())]):
+            rooms.archive.drop(tenant)
 
 
 async def reset(rooms: Rooms, tenant: str, *, dynamic: bool, static: bool, classes: Sequence[str] | None) -> Stamp:
@@ -180,10 +180,10 @@ async def purge(rooms: Rooms, tenant: str, label: str, slot: str) -> None:
     """
     spec = (await rooms.archive.record(tenant)).config.spec(class_name(label, rooms.settings.max_text_chars))
     async with rooms.archive.exclusive(tenant):
-        removed = await rooms.store.purge(tenant, spec.id, slot)
-        rooms.archive.drop(tenant)
-    if not removed:
-        raise UnknownSlot(f"The class {label!r} holds no slot {slot!r}.")
+        if await rooms.store.purge(tenant, spec.id, slot):
+            rooms.archive.drop(tenant)
+            return
+    raise UnknownSlot(f"The class {label!r} holds no slot {slot!r}.")
 
 
 async def load(rooms: Rooms, tenant: str) -> StoredMemory:
@@ -287,7 +287,8 @@ async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -
                 stamp = await rooms.store.add_shots(tenant, stored.record.stamp, shots)
             except ReloadNeeded:
                 continue
-            rooms.archive.drop(tenant)
+            if stamp != stored.record.stamp:
+                rooms.archive.drop(tenant)
             return stamp
     raise StoreDown("The tenant keeps changing under the call.", retry_after_s=1.0)
 

@@ -52,7 +52,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         lifespan=lifespan,
         responses={422: problems.DOCUMENTED, "default": problems.DOCUMENTED},
     )
-    app.add_middleware(Porch, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(Porch, max_body_bytes=settings.max_body_bytes, max_inflight_bytes=settings.max_inflight_bytes)
     problems.register(app)
     for part in (classify, tenants, memory, admin, health, problems):
         app.include_router(part.router)

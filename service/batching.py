@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -76,9 +76,7 @@ class Batcher:
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
-        for item in self._waiting:
-            if not item.future.done():
-                item.future.set_exception(Draining("The server is stopping."))
+        _fail(self._waiting, _stopping())
         self._waiting.clear()
 
     @property
@@ -96,7 +94,7 @@ class Batcher:
             InvalidRequest: there is never room for so many.
         """
         if self.draining:
-            raise Draining("The server is stopping and takes nothing new.", retry_after_s=1.0)
+            raise _stopping()
         if images > self._queue_images:
             raise InvalidRequest(
                 f"The call holds {images} images times views; the server takes in {self._queue_images} at most."
@@ -139,9 +137,12 @@ class Batcher:
             if batch:
                 try:
                     await self._deliver(batch)
+                except asyncio.CancelledError:
+                    _fail(batch, _stopping())
+                    raise
                 except Exception as error:  # noqa: BLE001 - the loop must outlive any batch
                     logs.event(logs.BATCH_FAILED, level=logging.ERROR, error=error)
-                    _fail(batch)
+                    _fail(batch, Internal("The batch of this image failed."))
 
     async def _fill(self) -> None:
         """Wait for a full batch, no longer than the setting says, counted from the first image."""
@@ -203,10 +204,14 @@ class Batcher:
         self._metrics.queue_images.set(sum(len(item.pixels) for item in self._waiting))
 
 
-def _fail(batch: Sequence[_Item]) -> None:
-    for item in batch:
+def _stopping() -> Draining:
+    return Draining("The server is stopping and takes nothing new.", retry_after_s=1.0)
+
+
+def _fail(items: Iterable[_Item], error: ServiceError) -> None:
+    for item in items:
         if not item.future.done():
-            item.future.set_exception(Internal("The batch of this image failed."))
+            item.future.set_exception(error)
 
 
 def encode_each(encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> list[Tensor | ServiceError]:

@@ -56,7 +56,7 @@ class Ledger:
         known = await self._store.recall(tenant, key)
         if known is None:
             known = await answer()
-            if known.status < _FIRST_FAILURE:
+            if known.final and known.status < _FIRST_FAILURE:
                 await self._store.remember(tenant, key, known)
         elif known.digest != digest:
             raise IdempotencyConflict(f"The Idempotency-Key {key!r} was used for another request.")

@@ -41,8 +41,9 @@ class Settings(BaseSettings):
         ("JPEG", "PNG", "WEBP"), description="formats that are decoded; also GIF, BMP, TIFF"
     )
     max_body_bytes: PositiveInt = Field(64 * MIB, description="bytes a request body")
+    max_inflight_bytes: PositiveInt = Field(512 * MIB, description="bytes of all bodies that are being answered")
     max_zip_images: PositiveInt = Field(2000, description="files in an uploaded zip")
-    max_zip_bytes: PositiveInt = Field(512 * MIB, description="bytes of an uploaded zip's files, unpacked")
+    max_zip_bytes: PositiveInt = Field(128 * MIB, description="bytes of an uploaded zip's files, unpacked")
     max_zip_ratio: PositiveFloat = Field(100.0, description="unpacked over packed bytes of a zip's file")
     max_tenants: PositiveInt = Field(10_000, description="tenants")
     max_classes: PositiveInt = Field(10_000, description="classes a tenant")

@@ -105,12 +105,22 @@ async def _form(request: Request, settings: Settings) -> AsyncIterator[FormData]
         yield form
     finally:
         await form.close()
+        parser.close()
 
 
 class _Parser(MultiPartParser):
     """Starlette's parser, which alone would take a body that is cut off, and guess what text that is no UTF-8 means."""
 
     whole = False
+
+    def close(self) -> None:
+        """Close the file of a part that was cut off; no form knows of it."""
+        for file in self._files_to_close_on_error:
+            file.close()
+
+    def on_headers_finished(self) -> None:
+        self._charset = "utf-8"  # whatever the header says: a label must not depend on it
+        super().on_headers_finished()
 
     def on_part_end(self) -> None:
         part = self._current_part
@@ -189,6 +199,9 @@ def _entries(infos: Sequence[zipfile.ZipInfo], settings: Settings) -> list[tuple
     for info in files:
         if info.file_size > settings.max_zip_ratio * max(1, info.compress_size):
             raise LimitExceeded(f"A file in the zip unpacks to over {settings.max_zip_ratio:g} times its size.")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            # The others' headers may ask for gigabytes before a byte is unpacked.
+            raise InvalidRequest("The zip is packed in an uncommon way; use the usual one (deflate), or none.")
         path = PurePosixPath(info.filename)
         if path.is_absolute() or ".." in path.parts or "\\" in info.filename:
             raise InvalidRequest("The zip holds a path that leads out of it.")

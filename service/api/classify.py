@@ -10,11 +10,22 @@ from torch import Tensor
 
 from ..classify import ClassifyCall, Fault, classify
 from ..desk import Explanation, Reading
-from ..idempotency import digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered
 from .bodies import Images, read_images
-from .deps import DeadlineDep, KeyDep, LedgerDep, RoomsDep, TenantDep, json_answer, response_of, stamp_out, unless_gone
+from .deps import (
+    DeadlineDep,
+    KeyDep,
+    LedgerDep,
+    RoomsDep,
+    TenantDep,
+    digest_if,
+    is_final,
+    json_answer,
+    response_of,
+    stamp_out,
+    unless_gone,
+)
 from .problems import AllFailed, problem_of
 from .schemas import (
     ClassifyOut,
@@ -63,7 +74,7 @@ async def post_classify(
     """Answer images in order; one that fails carries its own problem."""
     images = await read_images(request, rooms.settings)
     call = ClassifyCall(tenant=tenant, images=images, learn=learn, views=views, explain=explain, deadline=deadline)
-    digest = digest_of(("classify", f"{top_k} {learn} {views} {explain}", *_contents(images)))
+    digest = await digest_if(key, ("classify", f"{top_k} {learn} {views} {explain}", *_contents(images)))
     return await unless_gone(request, _answer(rooms, ledger, call, key, digest, top_k))
 
 
@@ -85,7 +96,7 @@ async def _answer(
             predictions=[_told(result, top_k) for result in results],
             memory=stamp_out(latest),
         )
-        return json_answer(told, digest)
+        return json_answer(told, digest, final=is_final(results))
 
     return response_of(await ledger.once(call.tenant, key, digest, once, wait_s=call.deadline - rooms.clock()), headers)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Query, Request, Response
 from pydantic import BaseModel
 
 from ..auth import named_tenant
-from ..errors import InvalidRequest
-from ..idempotency import Ledger
+from ..errors import PROBLEMS, InvalidRequest, ServiceError
+from ..idempotency import Ledger, digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered, Stamp
 from .schemas import StampOut
@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 GONE = 499
 """Status, seen in logs and metrics alone, of calls whose client left."""
+
+
+_OUR_FAULT = 500
 
 
 def _rooms(request: Request) -> Rooms:
@@ -63,10 +66,21 @@ def stamp_out(stamp: Stamp) -> StampOut:
     return StampOut(version=stamp.version, epoch=stamp.epoch, state="fresh")
 
 
-def json_answer(model: BaseModel, digest: str, status: int = 200) -> Remembered:
-    """Return a model as an answer that can be kept."""
+def json_answer(model: BaseModel, digest: str, status: int = 200, *, final: bool = True) -> Remembered:
+    """Return a model as an answer that can be kept, if it is `final`."""
     body = model.model_dump_json().encode()
-    return Remembered(digest=digest, status=status, media_type="application/json", body=body)
+    return Remembered(digest=digest, status=status, media_type="application/json", body=body, final=final)
+
+
+def is_final(results: Iterable[object]) -> bool:
+    """Return whether a retry could do no better: no image failed by a fault of the service or for want of time."""
+    faults = (result for result in results if isinstance(result, ServiceError))
+    return all(PROBLEMS[fault.slug].status < _OUR_FAULT for fault in faults)
+
+
+async def digest_if(key: str | None, parts: Iterable[bytes | str]) -> str:
+    """Return the digest of a request that has a key; of bodies too large to hash on the event loop."""
+    return "" if key is None else await asyncio.to_thread(digest_of, parts)
 
 
 def response_of(answer: Remembered, headers: dict[str, str] | None = None) -> Response:

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Query, Request, Response
 from .. import adapt
 from ..classify import Fault
 from ..errors import InvalidRequest
-from ..idempotency import digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered, StoredMemory
 from ..tenants import class_name
@@ -22,6 +21,8 @@ from .deps import (
     LimitDep,
     RoomsDep,
     TenantDep,
+    digest_if,
+    is_final,
     json_answer,
     page,
     response_of,
@@ -146,7 +147,7 @@ async def _store(
         for one in upload.labelled
     ]
     contents = (part for one in labelled for part in (one.label, one.image if isinstance(one.image, bytes) else b""))
-    digest = digest_of(("shots", *contents))
+    digest = await digest_if(key, ("shots", *contents))
 
     async def once() -> Remembered:
         results, stamp = await adapt.add_shots(rooms, tenant, labelled, deadline=deadline, bounded=not upload.zipped)
@@ -154,7 +155,7 @@ async def _store(
         if len(faults) == len(results):
             raise AllFailed(faults)
         shots = [_shot_out(one.label, result) for one, result in zip(labelled, results, strict=True)]
-        return json_answer(ShotsOut(shots=shots, memory=stamp_out(stamp)), digest, 201)
+        return json_answer(ShotsOut(shots=shots, memory=stamp_out(stamp)), digest, 201, final=is_final(results))
 
     return response_of(await ledger.once(tenant, key, digest, once, wait_s=deadline - rooms.clock()))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import re
 from time import perf_counter
 from uuid import uuid4
@@ -20,6 +22,7 @@ from .problems import problem, problem_response
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST_LENGTH = 18
+_GRACE_S = 0.25
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _NOT_LOGGED = frozenset(("/livez", "/readyz", "/metrics"))
 
@@ -27,8 +30,9 @@ _NOT_LOGGED = frozenset(("/livez", "/readyz", "/metrics"))
 class Porch:
     """ASGI middleware; `metrics` are looked up for each request, since the rooms open after the app is made."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_inflight_bytes: int) -> None:
+        self._app, self._max_body_bytes, self._max_inflight_bytes = app, max_body_bytes, max_inflight_bytes
+        self._inflight_bytes = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through."""
@@ -55,19 +59,29 @@ class Porch:
             _metrics(scope).rejected.labels("body-too-large").inc()
             await problem_response(problem("body-too-large", self._too_large()))(scope, receive, visit.send)
             return
-        await self._app(scope, self._bounded(receive), visit.send)
+        body = _Body()
+        try:
+            async with asyncio.timeout(_patience_s(Headers(scope=scope))):
+                await self._app(scope, self._bounded(receive, body), visit.send)
+        except TimeoutError:
+            late = problem("deadline-exceeded", "The deadline passed before the call was answered.")
+            await problem_response(late)(scope, receive, visit.send)
+        finally:
+            self._inflight_bytes -= body.seen
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """Count the body as it comes, whatever its length was said to be."""
-        seen = 0
+    def _bounded(self, receive: Receive, body: _Body) -> Receive:
+        """Count the body as it comes, whatever its length was said to be, by itself and with all others."""
 
         async def bounded() -> Message:
-            nonlocal seen
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max_body_bytes:
-                # The one exception that FastAPI's own body parsing lets through.
+            size = len(message.get("body", b""))
+            body.seen += size
+            self._inflight_bytes += size
+            # HTTPException is the one that FastAPI's own body parsing lets through.
+            if body.seen > self._max_body_bytes:
                 raise HTTPException(413, self._too_large())
+            if self._inflight_bytes > self._max_inflight_bytes:
+                raise HTTPException(503, "Too many bodies are being answered at once.")
             return message
 
         return bounded
@@ -83,6 +97,12 @@ class Porch:
         metrics.request_seconds.labels(route).observe(seconds)
         if route not in _NOT_LOGGED:
             logs.event(logs.REQUEST, method=method, route=route, status=status, ms=round(1000 * seconds, 1))
+
+
+class _Body:
+    """How much of a body has come."""
+
+    seen = 0
 
 
 class _Visit:
@@ -111,6 +131,18 @@ def _route(scope: Scope) -> str:
         return str(route.path)
     app, path = scope["app"], scope["path"]
     return path if path in (app.docs_url, app.openapi_url, app.redoc_url) else "unmatched"
+
+
+def _patience_s(headers: Headers) -> float | None:
+    """Return the seconds after which a call with `X-Deadline-Ms` is given up, None for those without.
+
+    Calls with images keep the deadline themselves, image by image; they get a little longer here, to say so.
+    """
+    try:
+        given = float(headers["x-deadline-ms"])
+    except (KeyError, ValueError):
+        return None
+    return given / 1000 + _GRACE_S if 0 < given < math.inf else None
 
 
 def _length(headers: Headers) -> int:

@@ -17,6 +17,7 @@ from .. import logs
 from ..classify import Fault
 from ..errors import PROBLEMS, InvalidRequest, NotFound, ServiceError
 from ..images import ImageFault
+from ..rooms import Rooms
 from .schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -29,7 +30,13 @@ DOCUMENTED: dict[str, Any] = {
 
 router = APIRouter(tags=["problems"])
 
-_BY_STATUS = {404: "not-found", 405: "method-not-allowed", 413: "body-too-large", 415: "unsupported-media-type"}
+_BY_STATUS = {
+    404: "not-found",
+    405: "method-not-allowed",
+    413: "body-too-large",
+    415: "unsupported-media-type",
+    503: "queue-full",
+}
 
 
 def problem_of(fault: Fault) -> Problem:
@@ -102,8 +109,10 @@ def register(app: FastAPI) -> None:
             detail = f"There is no route {request.url.path[:200]!r}."
         if slug == "method-not-allowed":
             detail = f"{request.method[:20]} is not allowed here."
-        request.app.state.rooms.metrics.rejected.labels(slug).inc()
-        return problem_response(problem(slug, detail), headers=dict(error.headers or {}))
+        rooms: Rooms = request.app.state.rooms
+        rooms.metrics.rejected.labels(slug).inc()
+        retry_after = rooms.batcher.retry_after_s() if slug == "queue-full" else None
+        return problem_response(problem(slug, detail, retry_after=retry_after), headers=dict(error.headers or {}))
 
 
 @router.get("/problems/{slug}", response_class=HTMLResponse, summary="What a problem type means and what to do")

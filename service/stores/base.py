@@ -116,12 +116,16 @@ class StoredMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Remembered:
-    """An answer kept for its idempotency key: digest of the request, status, media type, body."""
+    """An answer kept for its idempotency key: digest of the request, status, media type, body.
+
+    One that is not `final` is not kept: a retry may do better.
+    """
 
     digest: str
     status: int
     media_type: str
     body: bytes
+    final: bool = True
 
 
 class ReloadNeeded(Exception):
