@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 
 import pytest
 import torch
@@ -337,6 +338,28 @@ async def test_of_one_id_the_lower_entropy_and_then_feature_stays(
     assert (await stamp_of(store) == before) is not kept
 
 
+@given(features=st.lists(st.binary(min_size=2, max_size=8), min_size=1, max_size=6), random=st.randoms())
+@settings(deadline=None, max_examples=50)
+async def test_features_of_one_id_and_entropy_are_compared_byte_by_byte(
+    row: Row, features: list[bytes], random: Random
+) -> None:
+    """As numbers without a sign and not as letters of some language, so that all stores agree."""
+    random.shuffle(features)
+    async with row.open(60.0, 100) as opened:
+        stamp = await create(opened.store)
+        await opened.store.push("zoo", stamp, [candidate("1", 0.5, feature) for feature in features])
+        assert await contents(opened.store) == {CATS: {"1": slot("1", 0.5, min(features))}}
+
+
+@given(ids=st.sets(st.text("0123456789abcdefABCXYZ_-", min_size=1, max_size=6), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=50)
+async def test_ids_of_one_entropy_are_compared_letter_by_letter(row: Row, ids: set[str]) -> None:
+    async with row.open(60.0, 100) as opened:
+        stamp = await create(opened.store, slots=1)
+        await opened.store.push("zoo", stamp, [candidate(id_, 0.5) for id_ in ids])
+        assert await contents(opened.store) == {CATS: {min(ids): slot(min(ids), 0.5)}}
+
+
 async def test_a_repeated_image_cannot_fill_a_bank(store: MemoryStore) -> None:
     await create(store, slots=5)
     assert outcomes(await push(store, *[candidate("1", 0.5)] * 4)) == ["filled", *["duplicate"] * 3]
@@ -475,27 +498,27 @@ async def test_a_store_decides_as_core_does(row: Row, candidates: list[PushCandi
 @given(
     candidates=CANDIDATES,
     slots=st.integers(0, 4),
-    random=st.randoms(use_true_random=False),
+    random=st.randoms(),
     workers=st.integers(1, 4),
     choosy=st.booleans(),
 )
 @LAWS
 async def test_workers_converge_on_what_core_makes_of_the_whole_stream_in_any_order(
-    row: Row, candidates: list[PushCandidate], slots: int, random: object, workers: int, *, choosy: bool
+    row: Row, candidates: list[PushCandidate], slots: int, random: Random, workers: int, *, choosy: bool
 ) -> None:
     """`choosy` workers push only what their own, perhaps stale, copy would take."""
     memory = DynamicMemory.empty(2, 2, slots, dtype=torch.float16)
     for one in candidates:
         memory, _ = by_core(memory, one)
     shuffled = list(candidates)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     async with row.open(60.0, 100) as opened:
         stamp = await create(opened.store, slots=slots)
         mirrors = [Mirror(store=opened.store, stamp=stamp) for _ in range(workers)]
         while shuffled:
-            size = random.randint(1, 5)  # type: ignore[attr-defined]
+            size = random.randint(1, 5)
             part, shuffled = shuffled[:size], shuffled[size:]
-            mirror = random.choice(mirrors)  # type: ignore[attr-defined]
+            mirror = random.choice(mirrors)
             await mirror.push([one for one in part if not choosy or _would_take(mirror, one, slots)])
         for mirror in mirrors:
             await mirror.sync()
@@ -810,6 +833,20 @@ async def test_a_purged_slot_bars_its_own_class_alone(store: MemoryStore) -> Non
     await push(store, candidate("1", 0.5))
     await store.purge("zoo", CATS, "1")
     assert outcomes(await push(store, candidate("1", 0.5, class_=DOGS), candidate("2", 0.5))) == ["filled", "filled"]
+
+
+async def test_a_load_tells_what_is_barred_in_this_epoch(store: MemoryStore) -> None:
+    await create(store)
+    await push(store, candidate("1", 0.5), candidate("2", 0.5, class_=DOGS))
+    await store.purge("zoo", CATS, "1")
+    await store.purge("zoo", DOGS, "2")
+    stored = await store.load("zoo")
+    assert stored is not None
+    assert stored.barred == {(CATS, "1"), (DOGS, "2")}
+    await _reset(store)
+    later = await store.load("zoo")
+    assert later is not None
+    assert later.barred == frozenset()
 
 
 @pytest.mark.parametrize("step", NEW_EPOCH)

