@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from .bank import SlotId, Slots
@@ -94,16 +94,22 @@ def confident_mean(views: Float[Tensor, "v c"]) -> Float[Tensor, " c"]:
     return views[surest].mean(0)
 
 
-def _view_probabilities(shelves: Shelves, samples: Sequence[Sample]) -> tuple[Float[Tensor, "_ c"], ...]:
-    """Return softmax(tau u(t_c + b_t[c]) . x_v) of every view of every image, Eq. (2) and (14), in float64.
+def text_probabilities(
+    features: Float[Tensor, "n d"], head: Float[Tensor, "c d"], tau: float
+) -> Float64[Tensor, "n c"]:
+    """Return softmax(tau u(t_c + b_t[c]) . x), Eq. (2) and (14), for the projected text `head`.
 
-    In float32 the probability of a sure image rounds to 1, and entropies that order the memory would tie or differ by
-    chance with the size of the batch.
+    In float64: in float32 the probability of a sure image rounds to 1, and entropies that order the memory would tie,
+    or differ by chance with the size of the batch.
     """
+    return (tau * features @ head.T).double().softmax(-1)
+
+
+def _view_probabilities(shelves: Shelves, samples: Sequence[Sample]) -> tuple[Float64[Tensor, "_ c"], ...]:
+    """Return the text head's probabilities of every view of every image."""
     snapshot = shelves.snapshot
-    head = project_text(snapshot.text, snapshot.projection)
     every = torch.cat([sample.views for sample in samples])
-    p = (snapshot.tau * every @ head.T).double().softmax(-1)
+    p = text_probabilities(every, project_text(snapshot.text, snapshot.projection), snapshot.tau)
     return torch.split(p, [len(sample.views) for sample in samples])
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from core.classify import text_probabilities
 from core.codec import FEATURE_BYTES, encode_feature
 from core.numerics import entropy
 
@@ -52,7 +53,7 @@ async def put_tenant(rooms: Rooms, name: str, config: TenantConfig) -> tuple[Ten
         InvalidRequest, DuplicateClass, LimitExceeded: as `tenants.checked` says.
     """
     tidy = checked(config, rooms.settings)
-    return await _change(rooms, tenant_name(name), lambda _: tidy)
+    return await _change(rooms, tenant_name(name), lambda _: tidy, anew=True)
 
 
 async def add_classes(rooms: Rooms, tenant: str, added: Sequence[ClassSpec]) -> TenantRecord:
@@ -198,14 +199,19 @@ async def load(rooms: Rooms, tenant: str) -> StoredMemory:
     return stored
 
 
-async def _change(rooms: Rooms, tenant: str, revise: Revise) -> tuple[TenantRecord, bool]:
-    """Replace a tenant's configuration by what `revise` makes of it; again if another writer was faster."""
+async def _change(rooms: Rooms, tenant: str, revise: Revise, *, anew: bool = False) -> tuple[TenantRecord, bool]:
+    """Replace a tenant's configuration by what `revise` makes of it; again if another writer was faster.
+
+    The memory of another encoder is of no use to this one: it is refused, or, if asked, the tenant starts anew.
+    """
     for _ in range(_TRIES):
         async with rooms.archive.exclusive(tenant):
             stored = await rooms.store.load(tenant)
             config = revise(None if stored is None else stored.record.config)
             if stored is None:
                 await _check_room(rooms)
+            elif not anew:
+                check_fingerprint(stored.record, rooms.encoder.fingerprint)
             try:
                 stamp = await _replace(rooms, tenant, stored, config)
             except Conflict:
@@ -220,7 +226,6 @@ async def _change(rooms: Rooms, tenant: str, revise: Revise) -> tuple[TenantReco
 async def _replace(rooms: Rooms, tenant: str, stored: StoredMemory | None, config: TenantConfig) -> Stamp:
     fingerprint = rooms.encoder.fingerprint
     if stored is not None and stored.record.fingerprint != fingerprint:
-        # Features of another encoder are of no use to this one: the tenant starts anew.
         await rooms.store.delete(tenant)
         stored = None
     # Even where no slot needs it: the first image should not have to wait for the prompts.
@@ -250,7 +255,7 @@ def _rescored(
     features = stack_features(known, text.shape[-1]).to(text)
     out: dict[str, dict[str, StoredSlot]] = {}
     for part, old in zip(torch.split(features, _RESCORE_ROWS), _chunks(known, _RESCORE_ROWS), strict=True):
-        p = (tau * part @ text.T).softmax(-1)
+        p = text_probabilities(part, text, tau)
         for slot, label, nats in zip(old, p.argmax(-1).tolist(), entropy(p).tolist(), strict=True):
             bank = out.setdefault(config.classes[label].id, {})
             bank[slot.id] = StoredSlot(id=slot.id, entropy=nats, feature=slot.feature)

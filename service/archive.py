@@ -112,13 +112,14 @@ class Archive:
                 self._account()
 
     async def record(self, tenant: str) -> TenantRecord:
-        """Return a tenant's record: the hot memory's, or the store's.
+        """Return a tenant's record: the store's, or the hot memory's while that is no older than the setting says.
 
         Raises:
             UnknownTenant: there is no such tenant.
         """
         hot = self._hot.get(tenant)
-        record = await self._store.get(tenant) if hot is None else hot.record
+        young = hot is not None and self._clock() - hot.synced_at < self._sync_s
+        record = hot.record if hot is not None and young else await self._store.get(tenant)
         if record is None:
             raise UnknownTenant(f"There is no tenant {tenant!r}.")
         return record

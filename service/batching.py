@@ -61,6 +61,7 @@ class Batcher:
         self._taken = 0
         self._rate = 0.0
         self._loop: asyncio.Task[None] | None = None
+        self._closed = False
         self.leaving = False
         """Whether readiness is off: the balancer should stop sending, and what still comes is answered."""
         self.draining = False
@@ -71,8 +72,8 @@ class Batcher:
         self._loop = asyncio.create_task(self._run(), name="dmn-batcher")
 
     async def aclose(self) -> None:
-        """Stop; images that still wait are told that the server is going down."""
-        self.draining = True
+        """Stop; images that still wait, and those that come, are told that the server is going down."""
+        self.draining = self._closed = True
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
@@ -122,6 +123,8 @@ class Batcher:
             DeadlineExceeded: the device was not free before the deadline.
             Internal: this very image cannot be encoded.
         """
+        if self._closed:
+            raise _stopping()
         item = _Item(pixels=pixels, deadline=deadline, queued=self._clock(), timings=timings)
         self._waiting.append(item)
         self._count_waiting()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -128,6 +129,8 @@ def replay(
     """Run a stream of features through the method, in order, without a server."""
     from . import offline  # noqa: PLC0415 - as in serve
 
+    if beta is not None and not math.isfinite(beta):
+        _stop(f"--beta must be a finite number, at least 0; got {beta}.")
     options = {"slots": slots, "beta": beta, "shots": shots, "seed": seed, "learn": not no_learn}
     report = offline.replay_file(stream, options, _weights(weights), output, err)
     if as_json:

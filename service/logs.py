@@ -70,4 +70,8 @@ class _Text(logging.Formatter):
         # json.dumps keeps a value on one line, whatever a client put into it.
         values = " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in _values(record).items())
         text = f"{time} {record.levelname.lower():7} {json.dumps(record.getMessage())[1:-1]} {values}".rstrip()
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        if not record.exc_info:
+            return text
+        # Behind a bar, and with control characters spelled out: an error's text must not pass for a line of ours.
+        trace = (json.dumps(line)[1:-1] for line in self.formatException(record.exc_info).splitlines())
+        return "\n".join((text, *(f"  | {line}" for line in trace)))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -29,7 +30,7 @@ from .errors import InvalidRequest
 from .images import ImageFault, ImageUnreadable
 from .rooms import Rooms
 from .settings import Settings
-from .tenants import DEFAULT_TENANT, ClassSpec, TenantConfig
+from .tenants import DEFAULT_TENANT, ClassSpec, TenantConfig, class_name
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ async def classify_files(
         async with _opened(settings, progress) as rooms:
             await put_tenant(rooms, DEFAULT_TENANT, _config(names))
             task = progress.add_task("Classifying", total=len(paths))
-            for part in _parts(list(paths)):
+            for part in _parts(list(paths), _call(settings)):
                 for path, result in zip(part, await _ask(rooms, [_bytes(path) for path in part]), strict=True):
                     results.append((path, _answer(result)))
                 progress.advance(task, len(part))
@@ -120,10 +121,11 @@ def answers_table(answers: Sequence[tuple[Path, Answer]], k: int) -> Table:
     table = Table("image", "answer", "probability", "next", box=None, pad_edge=False)
     for path, answer in answers:
         if answer.error is not None:
-            table.add_row(str(path), "[red]error[/]", "", answer.error)
+            table.add_row(escape(str(path)), "[red]error[/]", "", escape(answer.error))
             continue
         (label, score), *rest = answer.top(k)
-        table.add_row(str(path), label, f"{score:.1%}", ", ".join(f"{name} {p:.1%}" for name, p in rest))
+        others = ", ".join(f"{name} {p:.1%}" for name, p in rest)
+        table.add_row(escape(str(path)), escape(label), f"{score:.1%}", escape(others))
     return table
 
 
@@ -143,7 +145,8 @@ def report_table(report: Mapping[str, Any]) -> Table:
         steps = " ".join(str(count) for count in report["memory"]["growth"])
         table.caption += f"\nfilled slots after each tenth: {steps} of {report['memory']['slots']}"
     if report.get("failed"):
-        table.caption += f"\n{len(report['failed'])} files could not be read: {', '.join(list(report['failed'])[:3])} …"
+        first = escape(", ".join(list(report["failed"])[:3]))
+        table.caption += f"\n{len(report['failed'])} files could not be read: {first} …"
     return table
 
 
@@ -162,7 +165,7 @@ async def _stream(
     growth: list[int] = []
     filled, done = 0, 0
     task, start = progress.add_task("Classifying", total=len(stream)), time.perf_counter()
-    for part in _parts(list(stream), max(1, min(_CALL, rooms.settings.queue_images // views))):
+    for part in _parts(list(stream), _call(rooms.settings, views)):
         results = await _ask(rooms, [_bytes(path) for path, _ in part], views=views)
         for (path, label), result in zip(part, results, strict=True):
             done += 1
@@ -216,7 +219,7 @@ def _answer(result: Reading | Fault) -> Answer:
 
 async def _upload(rooms: Rooms, support: Sequence[tuple[Path, str]], progress: Progress) -> None:
     task = progress.add_task("Uploading shots", total=len(support)) if support else None
-    for part in _parts(list(support)):
+    for part in _parts(list(support), _call(rooms.settings)):
         labelled = [LabelledImage(label=label, image=_bytes(path)) for path, label in part]
         told, _ = await add_shots(rooms, DEFAULT_TENANT, labelled, deadline=_FOREVER)
         for (path, _label), shot in zip(part, told, strict=True):
@@ -242,7 +245,7 @@ def _folders(directory: Path) -> dict[str, list[Path]]:
     for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
         if files:
-            folders[folder.name] = files
+            folders[class_name(folder.name)] = files
     if not folders:
         raise InvalidRequest(f"{directory} holds no folders with images; each class needs one, named by the class.")
     return folders
@@ -270,7 +273,12 @@ def _bytes(path: Path) -> bytes | ImageFault:
         return ImageUnreadable(f"{path} cannot be read: {error.strerror}.")
 
 
-def _parts(items: list[T], size: int = _CALL) -> Iterator[list[T]]:
+def _call(settings: Settings, views: int = 1) -> int:
+    """Return how many images to take at a time: no more than a call may hold, and the queue."""
+    return max(1, min(_CALL, settings.max_images, settings.queue_images // views))
+
+
+def _parts(items: list[T], size: int) -> Iterator[list[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from socket import socket
 from types import FrameType
 
@@ -36,7 +37,7 @@ async def _serve(settings: Settings, console: Console) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=int(settings.drain_timeout_s),
+            timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
         )
         server = _Server(config, settings, rooms, console)
         await server.serve()

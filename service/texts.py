@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,7 @@ class TextFeatures:
     def __init__(self, worker: Worker, encode: Callable[[Sequence[str]], Tensor], *, max_bytes: int) -> None:
         self._worker, self._encode, self._room = worker, encode, max_bytes
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = asyncio.Lock()
 
     async def class_weights(self, prompts: Sequence[tuple[str, ...]]) -> Tensor:
         """Return t_c (c, d), Eq. (1), for the prompts of each class; (0, 0) for none."""
@@ -33,22 +35,28 @@ class TextFeatures:
         )
 
     async def _features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for start in range(0, len(prompts), CHUNK):
+            # Held for one chunk: callers that come together encode a prompt once, and none waits for another's last.
+            async with self._lock:
+                found.update(await self._chunk(prompts[start : start + CHUNK]))
+        return found
+
+    async def _chunk(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         found = {prompt: self._kept[prompt] for prompt in prompts if prompt in self._kept}
         for prompt in found:
             self._kept.move_to_end(prompt)
         missing = [prompt for prompt in prompts if prompt not in found]
-        for start in range(0, len(missing), CHUNK):
-            part = missing[start : start + CHUNK]
-            encoded = await self._worker.run(self._encode, part)
+        if missing:
+            encoded = await self._worker.run(self._encode, missing)
             # Cloned one by one: a row of a shared tensor would keep the whole chunk alive.
-            found.update((prompt, row.clone()) for prompt, row in zip(part, encoded, strict=True))
-        for prompt in missing:
-            self._keep(prompt, found[prompt])
+            new = {prompt: row.clone() for prompt, row in zip(missing, encoded, strict=True)}
+            for prompt, feature in new.items():
+                self._keep(prompt, feature)
+            found.update(new)
         return found
 
     def _keep(self, prompt: str, feature: Tensor) -> None:
-        if prompt in self._kept:
-            return
         self._kept[prompt] = feature
         self._room -= feature.nbytes
         while self._room < 0:

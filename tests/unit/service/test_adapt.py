@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from core.classify import Sample, classify
 from core.codec import encode_feature
 from core.encoder import Encoder
 from core.numerics import unit
@@ -307,6 +308,22 @@ async def test_shots_stay_with_their_class_when_others_come_and_go(compass: Room
     await adapt.add_classes(compass, "zoo", [ClassSpec(name="45")])
     await adapt.remove_class(compass, "zoo", "0")
     assert (await stored(compass)).shots == {class_id("90"): (own,)}
+
+
+async def test_a_rescored_slot_has_the_entropy_that_classification_gives_its_feature(rooms: Rooms) -> None:
+    """However sure the label: old slots and new images stand in one order."""
+    await adapt.put_tenant(rooms, "zoo", colours("red", "green"))
+    sure = rooms.encoder.encode_texts(["a red red red photo."])[0]
+    slots = {class_id("red"): [StoredSlot(id="1", entropy=0.5, feature=encode_feature(sure))]}
+    record = await rooms.store.get("zoo")
+    assert record is not None
+    await rooms.store.replace("zoo", record.config, record.fingerprint, expected=record.stamp, slots=slots)
+    await adapt.add_classes(rooms, "zoo", [ClassSpec(name="blue")])
+    entropy = (await slots_of(rooms))["red"]["1"]
+    async with rooms.archive.open("zoo") as hot:
+        feature = hot.snapshot.dynamic.classes[0].keys[0].float()
+        write = classify(hot.shelves, [Sample(views=feature[None], id="2", learn=False)]).writes[0]
+    assert entropy == pytest.approx(write.candidate.entropy, rel=1e-4)
 
 
 async def test_rescoring_many_slots_goes_through_all_of_them(compass: Rooms) -> None:

@@ -19,8 +19,8 @@ PATIENCE_S = 20.0
 class Work:
     """A call that counts how often it was done."""
 
-    def __init__(self, status: int = 200, digest: str = "d") -> None:
-        self.status, self.digest, self.done = status, digest, 0
+    def __init__(self, status: int = 200, digest: str = "d", *, final: bool = True) -> None:
+        self.status, self.digest, self.final, self.done = status, digest, final, 0
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -28,7 +28,7 @@ class Work:
         self.done += 1
         body = str(self.done).encode()
         await self.gate.wait()
-        return Remembered(digest=self.digest, status=self.status, media_type="text/plain", body=body)
+        return Remembered(digest=self.digest, status=self.status, media_type="text/plain", body=body, final=self.final)
 
 
 @pytest.fixture
@@ -71,6 +71,13 @@ async def test_a_failure_is_not_kept(ledger: Ledger, status: int) -> None:
     await ledger.once("t", "key", "d", work, wait_s=PATIENCE_S)
     work.status = 200
     assert (await ledger.once("t", "key", "d", work, wait_s=PATIENCE_S)).status == 200
+    assert work.done == 2
+
+
+async def test_an_answer_that_a_retry_may_better_is_not_kept(ledger: Ledger) -> None:
+    work = Work(final=False)
+    await ledger.once("t", "key", "d", work, wait_s=PATIENCE_S)
+    await ledger.once("t", "key", "d", work, wait_s=PATIENCE_S)
     assert work.done == 2
 
 
