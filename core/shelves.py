@@ -21,7 +21,8 @@ class Shelves:
     """A cache of one snapshot's banks, changed in place by one owner.
 
     Classes of similar size share a shelf, padded to its width, so that padding adds at most a quarter to what is
-    filled, however uneven the classes are. A class that outgrows its shelf moves to the next one.
+    filled (and three slots to a class of a few), however uneven the classes are. A class that outgrows its shelf moves
+    to the next one.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:

@@ -252,7 +252,7 @@ def concepts_of(wordnet: WordNet, leaves: Sequence[str], members: dict[str, list
 
 def sentences_of(wordnet: WordNet, concepts: Sequence[str], near: int) -> list[Sentence]:
     """Return the sentences: every form for the names of the `near` first concepts, two drawn for the others."""
-    chance = random.Random(SEED)  # noqa: S311 - a seed, not a secret
+    chance = random.Random(SEED)
     forms = (*PLAIN_FORMS, *DEFAULT_TEMPLATES)
     sentences = []
     for concept, name, spoken in _names(wordnet, concepts):

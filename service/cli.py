@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,7 +20,7 @@ from core.errors import CoreError
 
 from . import logs
 from .errors import ServiceError
-from .settings import Settings
+from .settings import CONFIG_VARIABLE, Settings
 
 app = typer.Typer(
     name="dmn",
@@ -46,6 +47,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 
 def main() -> None:
     """Run the command line; wrong input ends it with one clear line and status 2."""
+    # Threads of torch that wait for the next small operation spin by default. Where cores are shared or limited they
+    # starve the one that works: a readout of 14 ms took 200 ms. It has to be said before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:
@@ -154,6 +158,9 @@ def config(as_json: JsonOption = False) -> None:  # noqa: FBT002
 
 
 def _settings(**given: object) -> Settings:
+    known = {CONFIG_VARIABLE, *(f"DMN_{name.upper()}" for name in Settings.model_fields)}
+    for name in sorted(name for name in os.environ if name.startswith("DMN_") and name not in known):
+        err.print(f"[yellow]dmn:[/] {escape(name)} is no setting and has no effect.", highlight=False, soft_wrap=True)
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:

@@ -245,7 +245,10 @@ def _folders(directory: Path) -> dict[str, list[Path]]:
     for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
         if files:
-            folders[class_name(folder.name)] = files
+            name = class_name(folder.name)
+            if name in folders:
+                raise InvalidRequest(f"Two folders of {directory} are named {name!r}, apart from space and spelling.")
+            folders[name] = files
     if not folders:
         raise InvalidRequest(f"{directory} holds no folders with images; each class needs one, named by the class.")
     return folders

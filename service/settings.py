@@ -74,7 +74,10 @@ class Settings(BaseSettings):
     def _split_formats(cls, values: dict[str, object]) -> dict[str, object]:
         formats = values.get("image_formats")
         if isinstance(formats, str):
-            values["image_formats"] = tuple(part.strip().upper() for part in formats.split(",") if part.strip())
+            formats = formats.split(",")
+        if isinstance(formats, list | tuple):
+            named = (str(part).strip().upper() for part in formats)
+            values["image_formats"] = tuple(part for part in named if part)
         return values
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from core.prompts import class_weights
 
 from .worker import Worker
+
+CLASSES = 256
+"""Classes whose prompts are held together."""
 
 CHUNK = 64
 """Prompts encoded at a time, so that images get their turn in between."""
@@ -27,12 +30,13 @@ class TextFeatures:
 
     async def class_weights(self, prompts: Sequence[tuple[str, ...]]) -> Tensor:
         """Return t_c (c, d), Eq. (1), for the prompts of each class; (0, 0) for none."""
-        if not prompts:
-            return torch.empty(0, 0)
-        features = await self._features(list(dict.fromkeys(prompt for own in prompts for prompt in own)))
-        return await self._worker.run(
-            lambda: class_weights([torch.stack([features[prompt] for prompt in own]) for own in prompts])
-        )
+        parts = [torch.empty(0, 0)]
+        for start in range(0, len(prompts), CLASSES):
+            # Some classes at a time: the features of every prompt of a large tenant would be gigabytes.
+            own = prompts[start : start + CLASSES]
+            features = await self._features(list(dict.fromkeys(prompt for part in own for prompt in part)))
+            parts.append(await self._worker.run(_weights, own, features))
+        return torch.cat(parts[1:] or parts)
 
     async def _features(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -61,3 +65,7 @@ class TextFeatures:
         self._room -= feature.nbytes
         while self._room < 0:
             self._room += self._kept.popitem(last=False)[1].nbytes
+
+
+def _weights(prompts: Sequence[tuple[str, ...]], features: Mapping[str, Tensor]) -> Tensor:
+    return class_weights([torch.stack([features[prompt] for prompt in own]) for own in prompts])

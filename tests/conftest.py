@@ -9,6 +9,9 @@ import pytest
 CANNOT_RUN = ("no GPU", "no real data")
 """How the reason of a skip starts where the machine lacks what no package brings."""
 
+# As the command line sets it, and before torch is imported: threads that wait must not starve those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 _skipped: list[str] = []
 
 

@@ -210,7 +210,8 @@ def test_a_visit_from_the_start_to_the_first_answer_and_what_it_remembers(encode
         assert not command.out
         assert "Traceback" not in "".join(command.err)
         names = [one["event"] for one in events(command)]
-        assert (names[0], names[-2:]) == ("dmn.service.started", ["dmn.service.draining", "dmn.service.stopped"])
+        assert (names[0], names[-1]) == ("dmn.service.started", "dmn.service.stopped")
+        assert "dmn.service.draining" in names
         assert names.count("dmn.request") == 4
 
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile(
     "laws",
     deadline=None,
-    max_examples=15,
+    max_examples=12,
     derandomize=bool(os.environ.get("CI")),
     # A world is drawn from one seed and then filtered for close calls; both look slow or wasteful to hypothesis.
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
