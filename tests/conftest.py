@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-CANNOT_RUN = ("no GPU", "no real data")
+CANNOT_RUN = ("no GPU", "no IPv6", "no real data")
 """How the reason of a skip starts where the machine lacks what no package brings."""
 
 # As the command line sets it, and before torch is imported: threads that wait must not starve those that work.

@@ -20,7 +20,7 @@ TOLERANCE = 2e-5
 def _file(*parts: str) -> Path:
     path = DATA.joinpath(*parts)
     if not path.exists():
-        pytest.skip(f"{'/'.join(parts)} is not beside this repository")
+        pytest.skip(f"no real data: {'/'.join(parts)} is not beside this repository")
     return path
 
 

@@ -20,7 +20,7 @@ PACS = Path(__file__).parents[3].parent / "shared" / "data" / "pacs"
 
 missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"lite needs packages that are not installed: {missing}")
-with_pacs = pytest.mark.skipif(not PACS.is_dir(), reason="the PACS pictures are not beside the repository")
+with_pacs = pytest.mark.skipif(not PACS.is_dir(), reason="no real data: the PACS pictures are not beside it")
 
 
 @pytest.fixture(scope="module")
