@@ -33,9 +33,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.serve: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[lite]'
+	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[lite,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,dev]'
 	@touch $@ $(VENV)/.serve

@@ -27,7 +27,9 @@ from .metrics import Metrics
 from .rooms import Rooms
 from .settings import Settings
 from .stores.base import MemoryStore
+from .stores.embedded import embedded_server
 from .stores.memory import InProcessStore
+from .stores.redis import RedisStore, connect
 from .stores.watched import watched
 from .texts import TextFeatures
 from .worker import Worker, choose_device
@@ -65,6 +67,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
 
     Raises:
         EncoderUnavailable: the encoder cannot be had.
+        StoreDown: the store does not answer, or cannot be started.
         ValueError: the device cannot be used.
     """
     worker = Worker()
@@ -73,15 +76,16 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
         loaded = encoder
         if loaded is None:
             loaded = await worker.run(openclip.load, settings.encoder, device=device)
-        rooms = _furnish(settings, loaded, worker)
-        await worker.run(_warm_up, loaded)
-        await adapt.ensure_default(rooms)
-        rooms.batcher.start()
-        logs.event(logs.STARTED, encoder=loaded.name, device=str(loaded.device), store=settings.store)
-        try:
-            yield rooms
-        finally:
-            await _leave(rooms)
+        async with _open_store(settings) as store:
+            rooms = _furnish(settings, loaded, worker, store)
+            await worker.run(_warm_up, loaded)
+            await adapt.ensure_default(rooms)
+            rooms.batcher.start()
+            logs.event(logs.STARTED, encoder=loaded.name, device=str(loaded.device), store=settings.store_kind)
+            try:
+                yield rooms
+            finally:
+                await _leave(rooms)
     finally:
         worker.close()
 
@@ -90,14 +94,13 @@ async def _leave(rooms: Rooms) -> None:
     await rooms.batcher.aclose()
     await rooms.desk.drain()
     rooms.darkroom.close()
-    await rooms.store.aclose()
     logs.event(logs.STOPPED)
 
 
-def _furnish(settings: Settings, encoder: Encoder, worker: Worker) -> Rooms:
+def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore) -> Rooms:
     disable_created_metrics()  # a second series beside each counter, which nobody asks for
     metrics, clock = Metrics(CollectorRegistry()), time.monotonic
-    store = watched(_store(settings), metrics)
+    store = watched(store, metrics)
     metrics.build_info.labels(version(NAME), encoder.name, encoder.fingerprint[:12]).set(1)
     limits = ImageLimits(
         max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
@@ -137,12 +140,28 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker) -> Rooms:
     )
 
 
-def _store(settings: Settings) -> MemoryStore:
-    return InProcessStore(
-        clock=time.monotonic,
-        remember_s=settings.idempotency_ttl_s,
-        remember_bytes=settings.idempotency_max_bytes,
-    )
+@asynccontextmanager
+async def _open_store(settings: Settings) -> AsyncIterator[MemoryStore]:
+    """Open the store that the settings name, and close it; the embedded one is started and stopped around it.
+
+    Raises:
+        StoreDown: it does not answer, or cannot be started.
+    """
+    ttl_s, room = settings.idempotency_ttl_s, settings.idempotency_max_bytes
+    if settings.store == "memory":
+        yield InProcessStore(clock=time.monotonic, remember_s=ttl_s, remember_bytes=room)
+        return
+    async with AsyncExitStack() as stack:
+        url = settings.store
+        if url == "embedded":
+            server = embedded_server(settings.data_dir, settings.embedded_binary, fsync=settings.embedded_fsync)
+            await stack.enter_async_context(server.running())
+            url = server.url
+        # Wall time: answers kept for their idempotency keys are shared by workers, and outlive them.
+        store = RedisStore(connect(url), clock=time.time, remember_s=ttl_s, remember_bytes=room)
+        stack.push_async_callback(store.aclose)
+        await store.check()
+        yield store
 
 
 def _warm_up(encoder: Encoder) -> None:

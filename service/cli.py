@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from pydantic import SecretStr, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -63,7 +63,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     encoder: EncoderOption = None,
-    store: Annotated[str | None, typer.Option(help="Where memories live: `memory` keeps nothing.")] = None,
+    store: Annotated[str | None, typer.Option(help="Where memories live: `memory`, `embedded`, or a URL.")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Serve over HTTP."""
@@ -147,7 +147,7 @@ def replay(
 def config(as_json: JsonOption = False) -> None:  # noqa: FBT002
     """Print the effective settings, secrets masked."""
     settings = _settings()
-    values = {name: _shown(getattr(settings, name)) for name in Settings.model_fields}
+    values = {name: _shown(name, getattr(settings, name)) for name in Settings.model_fields}
     if as_json:
         _print_json(values)
         return
@@ -189,10 +189,14 @@ def _weights(text: str) -> tuple[float, float, float]:
     return a1, a2, a3
 
 
-def _shown(value: object) -> object:
-    if isinstance(value, SecretStr):
-        return "********" if value.get_secret_value() else ""
-    return list(value) if isinstance(value, tuple) else value
+def _shown(name: str, value: object) -> object:
+    """Return a setting as it may be shown: a store's URL without its password."""
+    if name == "store" and "@" in str(value):
+        scheme, _, rest = str(value).partition("://")
+        return f"{scheme}://********@{rest.rpartition('@')[2]}"
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
 
 
 def _print_json(value: object) -> None:

@@ -44,6 +44,9 @@ async def _serve(settings: Settings, console: Console) -> int:
     return 0 if server.started else 1
 
 
+_KEPT = {"memory": "memories are kept in this process alone", "embedded": "memories are kept in"}
+
+
 class _Server(uvicorn.Server):
     """Turns readiness off first when told to stop, so that a balancer looks elsewhere before the doors close."""
 
@@ -57,7 +60,9 @@ class _Server(uvicorn.Server):
             return
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        kept = "memories are kept in this process alone" if self._settings.store == "memory" else self._settings.store
+        kept = _KEPT.get(self._settings.store_kind, "memories are kept in the store")
+        if self._settings.store == "embedded":
+            kept = f"{kept} {self._settings.data_dir}"
         self._console.print(
             f"dmn serves {self._rooms.encoder.name} on http://{shown}:{port} (routes: /docs; {kept}). Ctrl-C stops it.",
             highlight=False,

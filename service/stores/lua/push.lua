@@ -29,6 +29,17 @@ if version > since then
   end
 end
 
+-- Lua's own < compares by the server's locale; ours has to be the same everywhere.
+local function less(a, b)
+  for at = 1, math.min(#a, #b) do
+    local left, right = string.byte(a, at), string.byte(b, at)
+    if left ~= right then
+      return left < right
+    end
+  end
+  return #a < #b
+end
+
 local function write(class, number, id, entropy, feature, evicted)
   local z, h = KEYS[3 + 2 * number], KEYS[4 + 2 * number]
   if evicted ~= '' then
@@ -53,7 +64,7 @@ local function enter(number, id, entropy, feature)
   local held = redis.call('ZSCORE', z, id)
   if held then
     local old, new = tonumber(held), tonumber(entropy)
-    if new < old or (new == old and feature < redis.call('HGET', h, id)) then
+    if new < old or (new == old and less(feature, redis.call('HGET', h, id))) then
       write(class, number, id, entropy, feature, '')
     end
     return {'duplicate', ''}
@@ -67,7 +78,7 @@ local function enter(number, id, entropy, feature)
     return {'rejected', ''}
   end
   local least, new = tonumber(worst[2]), tonumber(entropy)
-  if new > least or (new == least and id > worst[1]) then
+  if new > least or (new == least and less(worst[1], id)) then
     return {'rejected', ''}
   end
   write(class, number, id, entropy, feature, worst[1])

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from pydantic import SecretStr
 from rich.console import Console
 
 from core import openclip
@@ -123,9 +122,17 @@ def test_config_prints_json_for_machines(run: Run, monkeypatch: pytest.MonkeyPat
     assert (told["port"], told["host"], told["image_formats"]) == (1234, "127.0.0.1", ["JPEG", "PNG", "WEBP"])
 
 
-def test_a_secret_is_never_shown() -> None:
-    assert cli._shown(SecretStr("hunter2")) == "********"
-    assert cli._shown(SecretStr("")) == ""
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://user:hunter2@host:6379/0", "redis://********@host:6379/0"),
+        ("redis+sentinel://:hunter2@a:1,b:2/main", "redis+sentinel://********@a:1,b:2/main"),
+        ("redis://host:6379", "redis://host:6379"),
+        ("embedded", "embedded"),
+    ],
+)
+def test_a_password_is_never_shown(url: str, shown: str) -> None:
+    assert cli._shown("store", url) == shown
 
 
 @pytest.mark.parametrize(

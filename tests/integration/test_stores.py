@@ -1,0 +1,173 @@
+"""Memories that outlive the process: the service on real servers, its own embedded one above all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from service import adapt
+from service.app import open_rooms
+from service.classify import ClassifyCall, classify
+from service.desk import Reading
+from service.errors import StoreDown
+from service.rooms import Rooms
+from service.settings import Settings
+from service.stores.embedded import EmbeddedServer, embedded_server, find_binary
+from service.stores.redis import RedisStore, connect
+from service.tenants import DEFAULT_TENANT, ClassSpec, TenantConfig
+from tests.fakes import FakeEncoder, picture
+
+pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")
+
+PATIENCE_S = 60.0
+COLOURS = ("red", "green", "blue")
+
+
+def server_in(folder: Path) -> EmbeddedServer:
+    return embedded_server(folder, "", fsync="everysec")
+
+
+@asynccontextmanager
+async def house(folder: Path) -> AsyncIterator[Rooms]:
+    settings = Settings(store="embedded", data_dir=folder, sync_ms=0)
+    async with open_rooms(settings, FakeEncoder()) as rooms:
+        yield rooms
+
+
+async def name_classes(rooms: Rooms) -> None:
+    classes = tuple(ClassSpec(name=colour) for colour in COLOURS)
+    await adapt.put_tenant(rooms, DEFAULT_TENANT, TenantConfig(classes=classes))
+
+
+async def ask(rooms: Rooms, image: bytes, *, learn: bool = True) -> Reading:
+    deadline = rooms.clock() + PATIENCE_S
+    call = ClassifyCall(tenant=DEFAULT_TENANT, images=[image], learn=learn, views=1, explain=False, deadline=deadline)
+    (reading,) = await classify(rooms, call)
+    assert isinstance(reading, Reading)
+    return reading
+
+
+async def until_other(server: EmbeddedServer, old: int | None) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while server.pid in (old, None):  # noqa: ASYNC110 - the watch tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None:
+    async with house(tmp_path) as rooms:
+        await name_classes(rooms)
+        for i, colour in enumerate(COLOURS):
+            await ask(rooms, picture(colour, i))
+        asked = await ask(rooms, picture("red", 9), learn=False)
+        before = await adapt.load(rooms, DEFAULT_TENANT)
+    async with house(tmp_path) as rooms:
+        assert await adapt.load(rooms, DEFAULT_TENANT) == before
+        again = await ask(rooms, picture("red", 9), learn=False)
+    assert again.fused.tolist() == asked.fused.tolist()
+    assert sum(len(bank) for bank in before.slots.values()) == len(COLOURS)
+
+
+async def test_an_image_learned_through_one_service_changes_the_answer_of_another(tmp_path: Path) -> None:
+    async with house(tmp_path) as one, house(tmp_path) as other:
+        await name_classes(one)
+        before = await ask(other, picture("red", 1), learn=False)
+        assert (await ask(one, picture("red", 2))).learned.outcome == "filled"
+        after = await ask(other, picture("red", 1), learn=False)
+    assert after.dynamic.tolist() != before.dynamic.tolist()
+    assert after.stamp.version > before.stamp.version
+
+
+async def test_nothing_that_was_told_as_learned_is_lost_when_the_server_is_killed(tmp_path: Path) -> None:
+    server = server_in(tmp_path)
+    async with server.running(), house(tmp_path) as rooms:
+        await name_classes(rooms)
+        learned = [(await ask(rooms, picture("blue", i))).learned.slot for i in range(8)]
+        old = server.pid
+        assert old is not None
+        os.kill(old, signal.SIGKILL)
+        await until_other(server, old)
+        stored = await adapt.load(rooms, DEFAULT_TENANT)
+    assert {slot.id for bank in stored.slots.values() for slot in bank} == set(learned)
+
+
+async def test_while_the_server_is_away_a_call_is_refused_and_told_when_to_come_back(tmp_path: Path) -> None:
+    server = server_in(tmp_path)
+    async with server.running():
+        store = RedisStore(connect(server.url), clock=lambda: 0.0, remember_s=1.0, remember_bytes=1)
+        await store.ping()
+    with pytest.raises(StoreDown) as told:
+        await store.ping()
+    assert told.value.retry_after_s
+    await store.aclose()
+
+
+async def test_the_last_who_leaves_stops_the_server(tmp_path: Path) -> None:
+    first, second = server_in(tmp_path), server_in(tmp_path)
+    async with first.running():
+        async with second.running():
+            assert second.pid == first.pid
+        assert first.pid is not None
+        os.kill(first.pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(first.pid, 0)
+
+
+async def test_a_server_that_outlived_its_users_is_taken_over(tmp_path: Path) -> None:
+    holder = (
+        "import asyncio, sys\n"
+        "from pathlib import Path\n"
+        "from service.stores.embedded import embedded_server\n"
+        "async def main():\n"
+        "    server = embedded_server(Path(sys.argv[1]), '', fsync='everysec')\n"
+        "    async with server.running():\n"
+        "        print(server.pid, flush=True)\n"
+        "        await asyncio.Event().wait()\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen((sys.executable, "-c", holder, str(tmp_path)), stdout=subprocess.PIPE) as user:  # noqa: ASYNC220
+        assert user.stdout is not None
+        orphan = int(await asyncio.to_thread(user.stdout.readline))
+        user.kill()
+    server = server_in(tmp_path)
+    async with server.running():
+        assert server.pid == orphan
+    with pytest.raises(ProcessLookupError):
+        os.kill(orphan, 0)
+
+
+async def test_nobody_else_may_enter_the_data_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    async with server_in(folder).running():
+        assert folder.stat().st_mode & 0o077 == 0
+
+
+async def test_a_server_that_may_drop_what_it_holds_is_refused(tmp_path: Path) -> None:
+    server = server_in(tmp_path)
+    async with server.running():
+        client = Redis.from_url(server.url)
+        await client.config_set("maxmemory-policy", "allkeys-lru")
+        await client.aclose()
+        with pytest.raises(StoreDown, match="noeviction"):
+            async with open_rooms(Settings(store=server.url), FakeEncoder()):
+                pass
+
+
+@pytest.mark.parametrize("url", ["redis://127.0.0.1:1", "unix:///no/such/socket"])
+async def test_a_store_that_cannot_be_reached_is_one_clear_line(url: str) -> None:
+    with pytest.raises(StoreDown, match="store"):
+        async with open_rooms(Settings(store=url), FakeEncoder()):
+            pass
+
+
+async def test_a_server_that_cannot_be_found_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreDown, match="DMN_EMBEDDED_BINARY"):
+        embedded_server(tmp_path, "/no/such/server", fsync="everysec")
