@@ -73,10 +73,11 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
     worker = Worker()
     try:
         device = choose_device(settings.device)
-        loaded = encoder
-        if loaded is None:
-            loaded = await worker.run(openclip.load, settings.encoder, device=device)
+        # First what fails fast: an encoder takes its time.
         async with _open_store(settings) as store:
+            loaded = encoder
+            if loaded is None:
+                loaded = await worker.run(openclip.load, settings.encoder, device=device)
             rooms = _furnish(settings, loaded, worker, store)
             await worker.run(_warm_up, loaded)
             await adapt.ensure_default(rooms)

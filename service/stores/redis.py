@@ -57,6 +57,7 @@ SLICE_BYTES = 1 << 20
 
 _SWEEP_KEYS = 256
 _RETRY_S = 1.0
+_TRIES = 16
 
 
 class RedisStore:
@@ -85,7 +86,7 @@ class RedisStore:
         return [name.decode() for name in found]
 
     async def load(self, tenant: str) -> StoredMemory | None:
-        while True:
+        for _ in range(_TRIES):
             fields = await self._do(self._client.hgetall(Keys(tenant).config))
             if not fields:
                 return None
@@ -93,6 +94,7 @@ class RedisStore:
                 return await self._load(tenant, fields)
             except ReloadNeeded:
                 continue  # the tenant began a new life while its slices were read
+        raise _restless()
 
     async def replace(
         self,
@@ -175,15 +177,16 @@ class RedisStore:
 
     async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
         keys = Keys(tenant)
-        while True:
-            record = await self.get(tenant)
-            if record is None:
+        for _ in range(_TRIES):
+            fields = await self._do(self._client.hgetall(keys.config))
+            if not fields:
                 return False
-            bank = await self._bank(tenant, record.stamp.epoch)
+            record, bank = _record(fields), int(fields[b"bank"])
             touched = (keys.config, keys.log, keys.tombstones, *keys.slots(bank, class_id))
             told = await self._run("purge.lua", touched, (record.stamp.epoch, class_id, slot))
             if told >= 0:
                 return bool(told)
+        raise _restless()
 
     async def recall(self, tenant: str, key: str) -> Remembered | None:
         bodies, heads, ends, _ = Keys(tenant).answers
@@ -299,17 +302,18 @@ class RedisStore:
         self, tenant: str, which: tuple[str, ...], *, slots_of: Sequence[str] | None = (), slots: bool = False
     ) -> tuple[Stamp, int] | None:
         keys = Keys(tenant)
-        while True:
-            record = await self.get(tenant)
-            if record is None:
+        for _ in range(_TRIES):
+            fields = await self._do(self._client.hgetall(keys.config))
+            if not fields:
                 return None
-            bank = await self._bank(tenant, record.stamp.epoch)
+            record, bank = _record(fields), int(fields[b"bank"])
             named = [spec.id for spec in record.config.classes] if slots_of is None else slots_of
             gone = keys.every_slot(bank, named) if slots else []
             touched = (keys.config, keys.log, keys.tombstones, keys.epochs, *keys.shots, *gone)
             told = await self._run("remove.lua", touched, (record.stamp.epoch, *which))
             if told[0] >= 0:
                 return Stamp(epoch=told[0], version=told[1]), told[2]
+        raise _restless()
 
     async def _bank(self, tenant: str, epoch: int) -> int:
         """Return the bank of an epoch: an epoch has one, so it may be kept; scripts check that the epoch still is."""
@@ -401,6 +405,10 @@ def _text(value: bytes) -> str | None:
 
 def _down(error: Exception) -> StoreDown:
     return StoreDown(f"The store does not do what it is asked: {type(error).__name__}.", retry_after_s=_RETRY_S)
+
+
+def _restless() -> StoreDown:
+    return StoreDown("The tenant keeps changing under the call.", retry_after_s=_RETRY_S)
 
 
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
