@@ -6,13 +6,15 @@ bytes ──darkroom──> pixels ──batcher──> features ──desk─�
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from . import logs
 from .desk import Question, Reading
-from .errors import DeadlineExceeded, LimitExceeded, NoClasses, ServiceError, TooManyImages
+from .errors import DeadlineExceeded, Internal, LimitExceeded, NoClasses, ServiceError, TooManyImages
 from .images import ImageFault
 from .rooms import Rooms
 from .settings import Settings
@@ -85,21 +87,18 @@ async def _read(rooms: Rooms, call: ClassifyCall, encoded: _Encoded | Fault) -> 
 
 
 async def each(walks: Sequence[Callable[[], Awaitable[T]]], rooms: Rooms, deadline: float) -> list[T | Fault]:
-    """Return what each image's walk returns, or its own fault; those not done by the deadline are given up.
+    """Return what each image's walk returns, or its own fault; those not done by the deadline are given up."""
+    return await asyncio.gather(*(_own_fate(walk, rooms, deadline) for walk in walks))
 
-    Raises:
-        ServiceError: a fault of the whole call, such as a store that is down, met by every image.
-    """
-    results = await asyncio.gather(*(_in_time(walk, rooms, deadline) for walk in walks), return_exceptions=True)
-    out: list[T | Fault] = []
-    for result in results:
-        if isinstance(result, ServiceError | ImageFault):
-            out.append(result)
-        elif isinstance(result, BaseException):
-            raise result
-        else:
-            out.append(result)
-    return out
+
+async def _own_fate(walk: Callable[[], Awaitable[T]], rooms: Rooms, deadline: float) -> T | Fault:
+    try:
+        return await _in_time(walk, rooms, deadline)
+    except (ServiceError, ImageFault) as fault:
+        return fault
+    except Exception as error:  # noqa: BLE001 - a fault of ours with one image is no fault of its neighbours
+        logs.event(logs.FAILED, level=logging.ERROR, error=error)
+        return Internal("An unexpected error occurred with this image.")
 
 
 def count_faults(rooms: Rooms, results: Sequence[object]) -> None:
