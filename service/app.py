@@ -52,9 +52,15 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         version=version(NAME),
         summary="An online image classifier that remembers: Dual Memory Networks over frozen CLIP encoders.",
         lifespan=lifespan,
+        redirect_slashes=False,
         responses={422: problems.DOCUMENTED, "default": problems.DOCUMENTED},
     )
-    app.add_middleware(Porch, max_body_bytes=settings.max_body_bytes, max_inflight_bytes=settings.max_inflight_bytes)
+    app.add_middleware(
+        Porch,
+        max_body_bytes=settings.max_body_bytes,
+        max_inflight_bytes=settings.max_inflight_bytes,
+        deadline_s=settings.deadline_ms / 1000,
+    )
     problems.register(app)
     for part in (classify, tenants, memory, admin, health, problems):
         app.include_router(part.router)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import re
+from collections.abc import Callable
 from time import perf_counter
 from uuid import uuid4
 
@@ -30,9 +31,9 @@ _NOT_LOGGED = frozenset(("/livez", "/readyz", "/metrics"))
 class Porch:
     """ASGI middleware; `metrics` are looked up for each request, since the rooms open after the app is made."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_inflight_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_inflight_bytes: int, deadline_s: float) -> None:
         self._app, self._max_body_bytes, self._max_inflight_bytes = app, max_body_bytes, max_inflight_bytes
-        self._inflight_bytes = 0
+        self._inflight_bytes, self._deadline_s = 0, deadline_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through."""
@@ -41,7 +42,7 @@ class Porch:
             return
         own_id = _request_id(Headers(scope=scope))
         token = logs.request_id.set(own_id)
-        start, visit = perf_counter(), _Visit(send, own_id)
+        start, visit = perf_counter(), _Visit(send, own_id, lambda: bool(scope["app"].state.rooms.batcher.leaving))
         try:
             await self._let_in(scope, receive, visit)
         except ClientDisconnect:
@@ -71,9 +72,15 @@ class Porch:
 
     def _bounded(self, receive: Receive, body: _Body) -> Receive:
         """Count the body as it comes, whatever its length was said to be, by itself and with all others."""
+        arrives_by = asyncio.get_running_loop().time() + self._deadline_s
 
         async def bounded() -> Message:
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(None if body.whole else arrives_by):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(504, "The body did not arrive in time.") from error
+            body.whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             body.seen += size
             self._inflight_bytes += size
@@ -103,19 +110,23 @@ class _Body:
     """How much of a body has come."""
 
     seen = 0
+    whole = False
 
 
 class _Visit:
     """Remembers the status of an answer, and adds the request's id to it."""
 
-    def __init__(self, send: Send, own_id: str) -> None:
-        self._send, self._id = send, own_id
+    def __init__(self, send: Send, own_id: str, leaving: Callable[[], bool]) -> None:
+        self._send, self._id, self._leaving = send, own_id, leaving
         self.status = 0
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["X-Request-ID"] = self._id
+            headers = MutableHeaders(scope=message)
+            headers["X-Request-ID"] = self._id
+            if self._leaving():
+                headers["Connection"] = "close"  # or the client's next call would meet a closed door
         await self._send(message)
 
 

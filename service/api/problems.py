@@ -36,6 +36,7 @@ _BY_STATUS = {
     413: "body-too-large",
     415: "unsupported-media-type",
     503: "queue-full",
+    504: "deadline-exceeded",
 }
 
 

@@ -47,7 +47,7 @@ class InProcessStore:
     def __init__(self, *, clock: Callable[[], float], remember_s: float, remember_bytes: int) -> None:
         self._tenants: dict[str, _Held] = {}
         self._answers = _Answers(clock, remember_s, remember_bytes)
-        self._epochs = 0
+        self._epochs: dict[str, int] = {}
 
     async def get(self, tenant: str) -> TenantRecord | None:
         held = self._tenants.get(tenant)
@@ -82,7 +82,7 @@ class InProcessStore:
         held = self._tenants.get(tenant)
         if (held.record.stamp if held else None) != expected:
             raise Conflict(tenant)
-        stamp = self._new_epoch(held)
+        stamp = self._new_epoch(tenant, held)
         record = TenantRecord(name=tenant, config=config, fingerprint=fingerprint, stamp=stamp)
         kept = {spec.id for spec in config.classes}
         shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id in kept} if held else {}
@@ -119,7 +119,7 @@ class InProcessStore:
             return 0
         gone = [id_ for id_ in ids if held.shots.pop(id_, None) is not None]
         if gone:
-            self._settle(held, self._new_epoch(held))
+            self._settle(held, self._new_epoch(tenant, held))
         return len(gone)
 
     async def reset(self, tenant: str, *, dynamic: bool, static: bool, class_ids: Sequence[str] | None) -> Stamp | None:
@@ -131,7 +131,7 @@ class InProcessStore:
             held.slots = {class_id: bank for class_id, bank in held.slots.items() if class_id not in named}
         if static:
             held.shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id not in named}
-        self._settle(held, self._new_epoch(held))
+        self._settle(held, self._new_epoch(tenant, held))
         return held.record.stamp
 
     async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
@@ -160,10 +160,10 @@ class InProcessStore:
             raise ReloadNeeded(tenant)
         return held
 
-    def _new_epoch(self, held: _Held | None) -> Stamp:
-        # Counted for all tenants, so that one that is deleted and made again never comes back to an old epoch.
-        self._epochs += 1
-        return Stamp(epoch=self._epochs, version=held.record.stamp.version + 1 if held else 0)
+    def _new_epoch(self, tenant: str, held: _Held | None) -> Stamp:
+        # Counted beyond the tenant's life: one that is deleted and made again never comes back to an old epoch.
+        self._epochs[tenant] = epoch = self._epochs.get(tenant, 0) + 1
+        return Stamp(epoch=epoch, version=held.record.stamp.version + 1 if held else 0)
 
     def _settle(self, held: _Held, stamp: Stamp) -> None:
         """Move to a stamp by a change that is no slot write: whoever is behind it has to load."""
