@@ -21,12 +21,26 @@ def encode_feature(feature: Float[Tensor, " d"]) -> bytes:
     return feature.detach().cpu().to(torch.float16).numpy().astype("<f2").tobytes()
 
 
-def decode_feature(data: bytes, dim: int) -> Float[Tensor, " d"]:
-    """Return the half-precision feature of `encode_feature`, bit for bit.
+def decode_features(data: bytes, dim: int) -> Float[Tensor, "n d"]:
+    """Return the half-precision features that `encode_feature` wrote one after the other, bit for bit.
 
     Raises:
-        IncompatibleMemory: the bytes are not those of a feature of size `dim`.
+        IncompatibleMemory: the bytes are not those of features of size `dim`.
+    """
+    if len(data) % (FEATURE_BYTES * dim):
+        raise IncompatibleMemory(
+            f"Stored features have {len(data)} bytes; expected a multiple of {FEATURE_BYTES * dim}."
+        )
+    # A copy, since bytes are read-only, and in the machine's own order of bytes.
+    return torch.from_numpy(np.frombuffer(data, "<f2").astype(np.float16).reshape(-1, dim))
+
+
+def decode_feature(data: bytes, dim: int) -> Float[Tensor, " d"]:
+    """Return one half-precision feature, as `decode_features` returns many.
+
+    Raises:
+        IncompatibleMemory: the bytes are not those of one feature of size `dim`.
     """
     if len(data) != FEATURE_BYTES * dim:
         raise IncompatibleMemory(f"A stored feature has {len(data)} bytes; expected {FEATURE_BYTES * dim}.")
-    return torch.from_numpy(np.frombuffer(data, "<f2").astype(np.float16))
+    return decode_features(data, dim)[0]

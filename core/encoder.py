@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,7 +37,11 @@ class Encoder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of architecture, weights, preprocessing and feature size; features of two fingerprints never mix."""
+        """Hash of `origin`; features of two fingerprints never mix."""
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """All that a feature depends on: architecture, weights, preprocessing, feature size and format."""
 
     @property
     def dim(self) -> int:

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from . import lite
+from .codec import FEATURE_FORMAT
 from .encoder import Preprocess
 from .errors import EncoderUnavailable
 from .numerics import unit
@@ -43,6 +44,7 @@ class OpenClipEncoder:
 
     name: str
     fingerprint: str
+    origin: Mapping[str, str]
     dim: int
     logit_scale: float
     preprocess: Preprocess
@@ -96,9 +98,11 @@ def load(name: str, *, device: torch.device | str = "cpu") -> OpenClipEncoder:
     model.eval().requires_grad_(requires_grad=False)
     preprocess = _preprocess_of(model)
     dim = _dim_of(model)
+    origin = _origin(architecture, model.state_dict(), preprocess, dim)
     return OpenClipEncoder(
         name=name,
-        fingerprint=_fingerprint(architecture, model.state_dict(), preprocess, dim),
+        fingerprint=_fingerprint(origin),
+        origin=origin,
         dim=dim,
         logit_scale=float(model.logit_scale.exp()),
         preprocess=preprocess,
@@ -264,9 +268,25 @@ def _dim_of(model: Any) -> int:
     return int(model.encode_image(torch.zeros(1, 3, settings.size, settings.size)).shape[-1])
 
 
-def _fingerprint(architecture: str, weights: Mapping[str, Tensor], pre: Preprocess, dim: int) -> str:
-    """Return the sha256, in hex, of all that a feature depends on; weights are read on the CPU, in name order."""
-    digest = hashlib.sha256(json.dumps([architecture, dim, asdict(pre)], sort_keys=True).encode())
+def _origin(architecture: str, weights: Mapping[str, Tensor], pre: Preprocess, dim: int) -> dict[str, str]:
+    """Return all that a feature depends on, each in words or as a hash."""
+    return {
+        "architecture": architecture,
+        "weights": _digest(weights)[:16],
+        "preprocessing": json.dumps(asdict(pre), sort_keys=True),
+        "feature size": str(dim),
+        "feature format": FEATURE_FORMAT,
+    }
+
+
+def _fingerprint(origin: Mapping[str, str]) -> str:
+    """Return the sha256, in hex, of where features come from."""
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Return the sha256, in hex, of all weights; they are read on the CPU, in name order."""
+    digest = hashlib.sha256()
     for key in sorted(weights):
         value = weights[key].detach().cpu().contiguous()
         digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())

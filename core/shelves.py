@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,6 +15,7 @@ from .snapshot import Snapshot
 
 _NARROWEST = 4
 _FEWEST_ROWS = 4
+_AT_ONCE = 64
 
 
 class Shelves:
@@ -29,8 +30,13 @@ class Shelves:
         self.snapshot = snapshot
         self._shelves: dict[int, _Shelf] = {}
         self._width_of: dict[int, int] = {}
+        by_width: dict[int, list[int]] = {}
         for index in range(len(snapshot.text)):
-            self._put(index)
+            by_width.setdefault(_width(snapshot.filled(index)), []).append(index)
+        for width, classes in by_width.items():
+            # Many at a time: a class by itself is too little work for an operation.
+            for start in range(0, len(classes), _AT_ONCE):
+                self._place(classes[start : start + _AT_ONCE], width, room=len(classes))
 
     def advance(self, snapshot: Snapshot) -> None:
         """Move on to a later snapshot that differs from the present one in its dynamic slots alone."""
@@ -53,7 +59,7 @@ class Shelves:
         """Return the dynamic scores of one class, read as if it held `slots`; nothing is changed."""
         row, _ = self.snapshot.row(index, slots)
         bank = pack([row])
-        prepared = prepare(bank, _offsets(self.snapshot.projection, index))
+        prepared = prepare(bank, _offsets(self.snapshot.projection, [index]))
         return self._read(prepared, {"dynamic": bank.occupied}, x)["dynamic"][:, 0]
 
     @property
@@ -71,22 +77,28 @@ class Shelves:
         return scores(prepared, masks, x, query, beta=self.snapshot.beta, tau=self.snapshot.tau)
 
     def _put(self, index: int) -> None:
-        row, static = self.snapshot.row(index)
-        width, old = _width(len(row)), self._width_of.get(index)
+        width, old = _width(self.snapshot.filled(index)), self._width_of.get(index)
         if old is not None and old != width:
             self._shelves[old].remove(index)
             if not self._shelves[old].places:
                 del self._shelves[old]
-        shelf = self._shelves.setdefault(width, _Shelf())
-        bank = pack([row], width=width)
-        shelf.put(index, prepare(bank, _offsets(self.snapshot.projection, index)), bank.occupied, static)
-        self._width_of[index] = width
+        self._place([index], width)
+
+    def _place(self, classes: Sequence[int], width: int, *, room: int = 0) -> None:
+        """Put classes on the shelf of a width, which has room for so many at first."""
+        rows = [self.snapshot.row(index) for index in classes]
+        bank = pack([row for row, _ in rows], width=width)
+        static = torch.tensor([count for _, count in rows], device=bank.keys.device)
+        prepared = prepare(bank, _offsets(self.snapshot.projection, classes))
+        self._shelves.setdefault(width, _Shelf(room)).put(classes, prepared, bank.occupied, static)
+        self._width_of.update(dict.fromkeys(classes, width))
 
 
 class _Shelf:
     """Prepared rows of one width, compact, in tensors that double when they are full."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: int) -> None:
+        self._least = max(_FEWEST_ROWS, room)
         self.places: dict[int, int] = {}
         self._order: list[int] = []
         self._arrays: dict[str, Tensor] = {}
@@ -112,17 +124,17 @@ class _Shelf:
     def masks(self, names: tuple[str, ...]) -> dict[str, Bool[Tensor, "c s"]]:
         return {name: self._filled(name) for name in names}
 
-    def put(self, index: int, row: Prepared, occupied: Bool[Tensor, "1 s"], static: int) -> None:
-        shots = occupied.clone()
-        shots[:, static:] = False
-        parts = {"keys": row.keys, "gram": row.gram, "dynamic": occupied, "static": shots}
-        if row.onto_output is not None and row.output is not None:
-            parts |= {"values": row.values, "onto_output": row.onto_output, "output": row.output}
-        place = self.places.get(index)
-        if place is None:
-            place = self._append(index)
+    def put(
+        self, classes: Sequence[int], rows: Prepared, occupied: Bool[Tensor, "c s"], static: Int[Tensor, " c"]
+    ) -> None:
+        """Write the rows of some classes; the first `static` slots of each are those of the static memory."""
+        shots = occupied & (torch.arange(occupied.shape[1], device=static.device) < static[:, None])
+        parts = {"keys": rows.keys, "gram": rows.gram, "dynamic": occupied, "static": shots}
+        if rows.onto_output is not None and rows.output is not None:
+            parts |= {"values": rows.values, "onto_output": rows.onto_output, "output": rows.output}
+        places = [self.places[index] if index in self.places else self._append(index) for index in classes]
         for name, part in parts.items():
-            self._room(name, part)[place] = part[0]
+            self._room(name, part)[places] = part
 
     def remove(self, index: int) -> None:
         """Drop a class; the last row takes its place."""
@@ -142,7 +154,7 @@ class _Shelf:
     def _room(self, name: str, like: Tensor) -> Tensor:
         array = self._arrays.get(name, like[:0])
         if len(array) < len(self._order):
-            grown = like.new_zeros((max(_FEWEST_ROWS, 2 * len(array)), *like.shape[1:]))
+            grown = like.new_empty((max(self._least, 2 * len(array)), *like.shape[1:]))  # only rows in use are read
             grown[: len(array)] = array
             self._arrays[name] = array = grown
         return array
@@ -156,7 +168,7 @@ def _width(filled: int) -> int:
     return -(-filled // step) * step
 
 
-def _offsets(projection: Projection | None, index: int) -> Projection | None:
+def _offsets(projection: Projection | None, classes: Sequence[int]) -> Projection | None:
     if projection is None:
         return None
-    return projection.of(torch.tensor([index], device=projection.key.device))
+    return projection.of(torch.tensor(classes, device=projection.key.device))

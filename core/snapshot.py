@@ -33,6 +33,10 @@ class Snapshot:
     beta: float = DEFAULT_BETA
     weights: BranchWeights = DEFAULT_WEIGHTS
 
+    def filled(self, index: int) -> int:
+        """Return how many slots class `index` is read from, Eq. (12)."""
+        return 1 + len(self.static.classes[index]) + len(self.dynamic.classes[index])
+
     def row(self, index: int, slots: Slots | None = None) -> tuple[Float[Tensor, "n d"], int]:
         """Return what class `index` is read from, Eq. (12), and how many of it the static memory holds, Eq. (13).
 

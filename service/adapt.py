@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor
-
-from core.classify import text_probabilities
 from core.codec import FEATURE_BYTES, encode_feature
-from core.numerics import entropy
 
-from . import logs
-from .archive import check_fingerprint, stack_features
+from . import logs, snapshots, upkeep
+from .archive import check_fingerprint, origin_of
 from .classify import Fault, check_count, count_faults, each
-from .errors import LimitExceeded, StoreDown, UnknownClass, UnknownShot, UnknownSlot, UnknownTenant
+from .errors import Contended, LimitExceeded, UnknownClass, UnknownShot, UnknownSlot, UnknownTenant
 from .images import ImageFault
 from .rooms import Rooms
-from .stores.base import Conflict, ReloadNeeded, Stamp, StoredMemory, StoredShot, StoredSlot, TenantRecord
-from .tenants import DEFAULT_TENANT, ClassSpec, TenantConfig, checked, class_id, class_name, tenant_name
+from .settings import DEFAULT_TENANT
+from .stores.base import (
+    Conflict,
+    Job,
+    JobState,
+    ReloadNeeded,
+    SnapshotInfo,
+    Stamp,
+    StoredMemory,
+    StoredShot,
+    TenantRecord,
+)
+from .tenants import ClassSpec, TenantConfig, checked, class_id, class_name, tenant_name
 
 _TRIES = 5
-_RESCORE_ROWS = 1024
+_SOON_S = 1.0
+"""How long a change waits for the upkeep that it causes."""
 
 Revise = Callable[[TenantConfig | None], TenantConfig]
 """From a tenant's configuration (None: there is no such tenant) to the next."""
@@ -46,8 +54,17 @@ class Shot:
     label: str
 
 
-async def put_tenant(rooms: Rooms, name: str, config: TenantConfig) -> tuple[TenantRecord, bool]:
-    """Create or replace a tenant, and return it and whether it is new. Classes that stay keep their memories.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changed:
+    """A tenant after a change: whether it is new, and the job that its memory still needs, if it is not done yet."""
+
+    record: TenantRecord
+    created: bool
+    job: Job | None
+
+
+async def put_tenant(rooms: Rooms, name: str, config: TenantConfig) -> Changed:
+    """Create or replace a tenant. Classes that stay keep their memories; under another encoder, their images.
 
     Raises:
         InvalidRequest, DuplicateClass, LimitExceeded: as `tenants.checked` says.
@@ -56,12 +73,9 @@ async def put_tenant(rooms: Rooms, name: str, config: TenantConfig) -> tuple[Ten
     return await _change(rooms, tenant_name(name), lambda _: tidy, anew=True)
 
 
-async def add_classes(rooms: Rooms, tenant: str, added: Sequence[ClassSpec]) -> TenantRecord:
+async def add_classes(rooms: Rooms, tenant: str, added: Sequence[ClassSpec]) -> Changed:
     """Add classes; the others keep their memories, with labels and entropies as the new label set gives them."""
-    record, _ = await _change(
-        rooms, tenant, lambda old: checked(_must(old, tenant).with_classes(added), rooms.settings)
-    )
-    return record
+    return await _change(rooms, tenant, lambda old: checked(_must(old, tenant).with_classes(added), rooms.settings))
 
 
 async def remove_class(rooms: Rooms, tenant: str, name: str) -> None:
@@ -90,8 +104,8 @@ async def delete_tenant(rooms: Rooms, tenant: str) -> None:
 async def ensure_default(rooms: Rooms) -> None:
     """Create the default tenant, without classes, where it is missing."""
     if await rooms.store.get(DEFAULT_TENANT) is None:
-        fingerprint = rooms.encoder.fingerprint
-        await rooms.store.replace(DEFAULT_TENANT, TenantConfig(), fingerprint, expected=None, slots={})
+        with suppress(Conflict):  # another replica was faster
+            await _replace(rooms, DEFAULT_TENANT, None, TenantConfig())
 
 
 async def add_shots(
@@ -152,8 +166,12 @@ async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
             rooms.archive.drop(tenant)
 
 
-async def reset(rooms: Rooms, tenant: str, *, dynamic: bool, static: bool, classes: Sequence[str] | None) -> Stamp:
-    """Empty one or both memories, of the named classes or of all, and return where the memory is then.
+async def reset(
+    rooms: Rooms, tenant: str, *, dynamic: bool, static: bool, classes: Sequence[str] | None
+) -> tuple[Stamp, SnapshotInfo | None]:
+    """Empty one or both memories, of the named classes or of all.
+
+    Return where the memory is then, and the snapshot that was taken before.
 
     Raises:
         UnknownTenant, UnknownClass: nothing was emptied.
@@ -164,13 +182,14 @@ async def reset(rooms: Rooms, tenant: str, *, dynamic: bool, static: bool, class
         if classes is None
         else [record.config.spec(class_name(name, rooms.settings.max_text_chars)).id for name in classes]
     )
+    saved = await snapshots.before(rooms, tenant, "reset")
     async with rooms.archive.exclusive(tenant):
         stamp = await rooms.store.reset(tenant, dynamic=dynamic, static=static, class_ids=ids)
         rooms.archive.drop(tenant)
     if stamp is None:
         raise UnknownTenant(f"There is no tenant {tenant!r}.")
     logs.event(logs.MEMORY_RESET, tenant=tenant, dynamic=dynamic, static=static, classes=ids and len(ids))
-    return stamp
+    return stamp, saved
 
 
 async def purge(rooms: Rooms, tenant: str, label: str, slot: str) -> None:
@@ -199,71 +218,82 @@ async def load(rooms: Rooms, tenant: str) -> StoredMemory:
     return stored
 
 
-async def _change(rooms: Rooms, tenant: str, revise: Revise, *, anew: bool = False) -> tuple[TenantRecord, bool]:
+async def _change(rooms: Rooms, tenant: str, revise: Revise, *, anew: bool = False) -> Changed:
     """Replace a tenant's configuration by what `revise` makes of it; again if another writer was faster.
 
-    The memory of another encoder is of no use to this one: it is refused, or, if asked, the tenant starts anew.
+    The memory of another encoder is of no use to this one: it is refused, or, if asked, the tenant starts anew. What
+    is about to be lost is kept in a snapshot. Slots that the new label set labels otherwise are scored anew in the
+    background; of a small memory that is done by the time of the answer.
     """
+    saved = False
     for _ in range(_TRIES):
         async with rooms.archive.exclusive(tenant):
-            stored = await rooms.store.load(tenant)
-            config = revise(None if stored is None else stored.record.config)
-            if stored is None:
-                await _check_room(rooms)
+            old = await rooms.store.get(tenant)
+            config = revise(None if old is None else old.config)
+            if old is None:
+                await snapshots.check_room(rooms)
             elif not anew:
-                check_fingerprint(stored.record, rooms.encoder.fingerprint)
+                check_fingerprint(old, rooms.encoder)
+            if old is not None and not saved:
+                await _save(rooms, old, config)
+                saved = True
             try:
-                stamp = await _replace(rooms, tenant, stored, config)
+                record = await _replace(rooms, tenant, old, config)
             except Conflict:
                 continue
             rooms.archive.drop(tenant)
         logs.event(logs.TENANT_CHANGED, tenant=tenant, change="configured", classes=len(config.classes))
-        fingerprint = rooms.encoder.fingerprint
-        return TenantRecord(name=tenant, config=config, fingerprint=fingerprint, stamp=stamp), stored is None
-    raise StoreDown("The tenant keeps changing under the call.", retry_after_s=1.0)
+        return Changed(record=record, created=old is None, job=await _upkeep(rooms, old, record))
+    raise Contended
 
 
-async def _replace(rooms: Rooms, tenant: str, stored: StoredMemory | None, config: TenantConfig) -> Stamp:
-    fingerprint = rooms.encoder.fingerprint
-    if stored is not None and stored.record.fingerprint != fingerprint:
-        await rooms.store.delete(tenant)
-        stored = None
+async def _save(rooms: Rooms, old: TenantRecord, config: TenantConfig) -> None:
+    """Take a snapshot of what a new configuration is about to lose, if anything."""
+    if old.fingerprint != rooms.encoder.fingerprint:
+        await snapshots.before(rooms, old.name, "encoder-change")
+    elif {spec.id for spec in old.config.classes} - {spec.id for spec in config.classes}:
+        await snapshots.before(rooms, old.name, "class-removal")
+
+
+async def _replace(rooms: Rooms, tenant: str, old: TenantRecord | None, config: TenantConfig) -> TenantRecord:
     # Even where no slot needs it: the first image should not have to wait for the prompts.
-    text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
-    slots = {} if stored is None else await _carried(rooms, stored, config, text)
-    expected = None if stored is None else stored.record.stamp
-    return await rooms.store.replace(tenant, config, fingerprint, expected=expected, slots=slots)
+    await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
+    fingerprint, origin = rooms.encoder.fingerprint, origin_of(rooms.encoder)
+    has_slots = old is not None and old.fingerprint == fingerprint and bool(old.config.classes)
+    labelling = old.labelling if old is not None and has_slots else config.labelling
+    fewer: StoredMemory | None = None
+    if old is not None and has_slots and config.slots < old.config.slots and labelling == config.labelling:
+        fewer = await load(rooms, tenant)
+        if fewer.record.stamp.epoch != old.stamp.epoch:
+            raise Conflict(tenant)
+        old = fewer.record
+    stamp = await rooms.store.replace(
+        tenant,
+        config,
+        fingerprint,
+        expected=None if old is None else old.stamp,
+        exact=fewer is not None,
+        labelling=labelling,
+        origin=origin,
+        slots=None if fewer is None else {own: bank.best(config.slots) for own, bank in fewer.slots.items()},
+        barred=() if fewer is None else fewer.barred,
+    )
+    return TenantRecord(
+        name=tenant, config=config, fingerprint=fingerprint, origin=origin, labelling=labelling, stamp=stamp
+    )
 
 
-async def _carried(
-    rooms: Rooms, stored: StoredMemory, config: TenantConfig, text: Tensor
-) -> Mapping[str, Sequence[StoredSlot]]:
-    """Return the slots of the classes that stay, re-scored where the label set changed, the best of each."""
-    stay = {spec.id for spec in config.classes}
-    slots = {own: bank for own, bank in stored.slots.items() if own in stay and bank}
-    if slots and config.labelling != stored.record.config.labelling:
-        slots = await rooms.worker.run(_rescored, slots, config, text, rooms.encoder.logit_scale)
-        logs.event(logs.MEMORY_RESCORED, tenant=stored.record.name, slots=sum(map(len, slots.values())))
-    return {own: sorted(bank, key=lambda slot: (slot.entropy, slot.id))[: config.slots] for own, bank in slots.items()}
-
-
-def _rescored(
-    slots: Mapping[str, Sequence[StoredSlot]], config: TenantConfig, text: Tensor, tau: float
-) -> dict[str, tuple[StoredSlot, ...]]:
-    """Return every slot under the label and entropy that the new label set gives its feature, Eq. (4)."""
-    known = [slot for bank in slots.values() for slot in bank]
-    features = stack_features(known, text.shape[-1]).to(text)
-    out: dict[str, dict[str, StoredSlot]] = {}
-    for part, old in zip(torch.split(features, _RESCORE_ROWS), _chunks(known, _RESCORE_ROWS), strict=True):
-        p = text_probabilities(part, text, tau)
-        for slot, label, nats in zip(old, p.argmax(-1).tolist(), entropy(p).tolist(), strict=True):
-            bank = out.setdefault(config.classes[label].id, {})
-            bank[slot.id] = StoredSlot(id=slot.id, entropy=nats, feature=slot.feature)
-    return {own: tuple(bank.values()) for own, bank in out.items()}
-
-
-def _chunks(known: Sequence[StoredSlot], size: int) -> list[Sequence[StoredSlot]]:
-    return [known[start : start + size] for start in range(0, len(known), size)]
+async def _upkeep(rooms: Rooms, old: TenantRecord | None, record: TenantRecord) -> Job | None:
+    """Start what a changed memory is due for, and give it a moment; return its job if it is not done by then."""
+    read_anew = old is not None and old.fingerprint != record.fingerprint
+    if record.labelling == record.config.labelling and not read_anew:
+        return None
+    job = await upkeep.resume(rooms, record.name)
+    if job is None:
+        return None
+    await rooms.jobs.wait(job.id, _SOON_S)
+    now = await rooms.jobs.get(record.name, job.id)
+    return None if now.state is JobState.DONE else now
 
 
 async def _walk(rooms: Rooms, one: LabelledImage, deadline: float, *, keep: bool) -> StoredShot:
@@ -286,7 +316,7 @@ async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -
     for _ in range(_TRIES):
         async with rooms.archive.exclusive(tenant):
             stored = await load(rooms, tenant)
-            check_fingerprint(stored.record, rooms.encoder.fingerprint)
+            check_fingerprint(stored.record, rooms.encoder)
             _check_limits(rooms, stored, shots)
             try:
                 stamp = await rooms.store.add_shots(tenant, stored.record.stamp, shots)
@@ -295,7 +325,7 @@ async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -
             if stamp != stored.record.stamp:
                 rooms.archive.drop(tenant)
             return stamp
-    raise StoreDown("The tenant keeps changing under the call.", retry_after_s=1.0)
+    raise Contended
 
 
 def _check_limits(rooms: Rooms, stored: StoredMemory, shots: Sequence[StoredShot]) -> None:
@@ -327,12 +357,6 @@ def held_bytes(stored: StoredMemory, dim: int) -> int:
     """Return the bytes of features and kept images that count against a tenant's limit."""
     slots = sum(len(bank) for bank in stored.slots.values())
     return slots * dim * FEATURE_BYTES + sum(shot.nbytes for bank in stored.shots.values() for shot in bank)
-
-
-async def _check_room(rooms: Rooms) -> None:
-    limit = rooms.settings.max_tenants
-    if len(await rooms.store.names(after="", limit=limit)) >= limit:
-        raise LimitExceeded(f"There are {limit} tenants; no more are allowed.")
 
 
 def _must(config: TenantConfig | None, tenant: str) -> TenantConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -15,21 +17,24 @@ from core import openclip
 from core.encoder import Encoder
 
 from . import adapt, logs
-from .api import admin, classify, health, memory, problems, tenants
+from .api import admin, classify, health, jobs, memory, problems, tenants
 from .api.porch import Porch
 from .archive import Archive
 from .batching import Batcher
 from .darkroom import Darkroom
 from .desk import Desk
+from .housekeeping import keep_house
 from .idempotency import Ledger
 from .images import ImageLimits
+from .jobs import Jobs
 from .metrics import Metrics
 from .rooms import Rooms
 from .settings import Settings
 from .stores.base import MemoryStore
-from .stores.embedded import embedded_server
+from .stores.connection import connect
+from .stores.embedded import embedded_server, find_binary
 from .stores.memory import InProcessStore
-from .stores.redis import RedisStore, connect
+from .stores.redis import RedisStore
 from .stores.watched import watched
 from .texts import TextFeatures
 from .worker import Worker, choose_device
@@ -60,9 +65,10 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         max_body_bytes=settings.max_body_bytes,
         max_inflight_bytes=settings.max_inflight_bytes,
         deadline_s=settings.deadline_ms / 1000,
+        to_disk={admin.IMPORT: settings.max_import_bytes},
     )
     problems.register(app)
-    for part in (classify, tenants, memory, admin, health, problems):
+    for part in (classify, tenants, memory, jobs, admin, health, problems):
         app.include_router(part.router)
     return app
 
@@ -76,6 +82,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
         StoreDown: the store does not answer, or cannot be started.
         ValueError: the device cannot be used.
     """
+    settings = _with_a_store(settings)
     worker = Worker()
     try:
         device = choose_device(settings.device)
@@ -88,16 +95,20 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
             await worker.run(_warm_up, loaded)
             await adapt.ensure_default(rooms)
             rooms.batcher.start()
+            house = asyncio.create_task(keep_house(rooms), name="dmn-housekeeping")
             logs.event(logs.STARTED, encoder=loaded.name, device=str(loaded.device), store=settings.store_kind)
             try:
                 yield rooms
             finally:
+                house.cancel()
+                await asyncio.gather(house, return_exceptions=True)
                 await _leave(rooms)
     finally:
         worker.close()
 
 
 async def _leave(rooms: Rooms) -> None:
+    await rooms.jobs.aclose()
     await rooms.batcher.aclose()
     await rooms.desk.drain()
     rooms.darkroom.close()
@@ -107,7 +118,7 @@ async def _leave(rooms: Rooms) -> None:
 def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore) -> Rooms:
     disable_created_metrics()  # a second series beside each counter, which nobody asks for
     metrics, clock = Metrics(CollectorRegistry()), time.monotonic
-    store = watched(store, metrics)
+    store = watched(store, metrics, clock)
     metrics.build_info.labels(version(NAME), encoder.name, encoder.fingerprint[:12]).set(1)
     limits = ImageLimits(
         max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
@@ -131,6 +142,16 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         clock,
         max_bytes=settings.hot_memory_bytes,
         sync_s=settings.sync_ms / 1000,
+        serve_stale=settings.store_down == "serve",
+    )
+    desk = Desk(
+        archive,
+        store,
+        worker,
+        metrics,
+        tenant_max_bytes=settings.tenant_max_bytes,
+        pending_images=settings.pending_images,
+        serve_stale=settings.store_down == "serve",
     )
     return Rooms(
         settings=settings,
@@ -141,10 +162,23 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         texts=texts,
         store=store,
         archive=archive,
-        desk=Desk(archive, store, worker, metrics, tenant_max_bytes=settings.tenant_max_bytes),
+        desk=desk,
+        jobs=Jobs(store, metrics, time.time),
+        carrier=asyncio.Lock(),
+        dock=asyncio.Lock(),
         metrics=metrics,
         clock=clock,
+        wall=time.time,
     )
+
+
+def _with_a_store(settings: Settings) -> Settings:
+    """Return the settings; where there is no server for the embedded store, and nobody asked for it, with `memory`."""
+    asked_for = {"store", "embedded_binary"} & settings.model_fields_set
+    if settings.store != "embedded" or asked_for or find_binary() is not None:
+        return settings
+    logs.event(logs.NOTHING_KEPT, level=logging.WARNING, why="no Valkey or Redis server for the embedded store")
+    return settings.model_copy(update={"store": "memory"})
 
 
 @asynccontextmanager
@@ -165,7 +199,8 @@ async def _open_store(settings: Settings) -> AsyncIterator[MemoryStore]:
             await stack.enter_async_context(server.running())
             url = server.url
         # Wall time: answers kept for their idempotency keys are shared by workers, and outlive them.
-        store = RedisStore(connect(url), clock=time.time, remember_s=ttl_s, remember_bytes=room)
+        client = connect(url, timeout_s=settings.store_timeout_ms / 1000)
+        store = RedisStore(client, clock=time.time, remember_s=ttl_s, remember_bytes=room)
         stack.push_async_callback(store.aclose)
         await store.check()
         yield store

@@ -6,8 +6,10 @@ loaded by whoever opens it first while the others of that tenant wait for the lo
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from core.bank import Slots
-from core.codec import decode_feature
+from core.codec import decode_features
 from core.dynamic import DynamicMemory
 from core.encoder import Encoder
 from core.shelves import Shelves
@@ -23,13 +25,27 @@ from core.snapshot import Snapshot
 from core.static import Shots, StaticMemory
 
 from . import logs
-from .errors import FingerprintMismatch, NoClasses, UnknownTenant
+from .errors import FingerprintMismatch, NoClasses, StoreDown, UnknownTenant
 from .locks import KeyedLocks
 from .metrics import Metrics
-from .stores.base import Change, MemoryStore, ReloadNeeded, Stamp, StoredMemory, StoredShot, StoredSlot, TenantRecord
-from .tenants import TenantConfig
+from .stores.base import (
+    Change,
+    MemoryStore,
+    ReloadNeeded,
+    Stamp,
+    StoredBank,
+    StoredMemory,
+    StoredShot,
+    StoredSlot,
+    TenantRecord,
+    digest_of,
+)
+from .tenants import ClassSpec, TenantConfig
 from .texts import TextFeatures
 from .worker import Worker
+
+_VERIFIED = 64
+"""Classes that are compared with the store at a time."""
 
 
 @dataclass(slots=True)
@@ -37,18 +53,32 @@ class HotMemory:
     """One tenant's memory, ready to be read. `shelves` is touched in the worker alone.
 
     `position` leads from class id to class position; `barred` are purged slots; `filled` are dynamic slots; `nbytes`
-    counts features and what is kept ready from them.
+    counts features and what is kept ready from them. `unread` shots wait for this encoder to read their images. `away`
+    says that the store could not be asked how it stands.
     """
 
     record: TenantRecord
     stamp: Stamp
     shelves: Shelves
     synced_at: float
+    verified_at: float
     shot_bytes: int
     position: dict[str, int]
     barred: frozenset[tuple[str, str]] = frozenset()
+    unread: int = 0
     filled: int = 0
     nbytes: int = 0
+    away: bool = False
+
+    @property
+    def due(self) -> bool:
+        """Whether slots have to be scored anew, or shots read anew, before the memory is what it should be."""
+        return self.unread > 0 or self.record.labelling != self.record.config.labelling
+
+    @property
+    def stale(self) -> bool:
+        """Whether answers may differ from those of the memory as it should be."""
+        return self.away or self.due
 
     @property
     def config(self) -> TenantConfig:
@@ -82,11 +112,20 @@ class Archive:
         *,
         max_bytes: int,
         sync_s: float,
+        serve_stale: bool = True,
     ) -> None:
         self._store, self._encoder, self._texts, self._worker = store, encoder, texts, worker
         self._metrics, self._clock, self._max_bytes, self._sync_s = metrics, clock, max_bytes, sync_s
+        self._serve_stale = serve_stale
         self._hot: OrderedDict[str, HotMemory] = OrderedDict()
         self._locks = KeyedLocks()
+        self._asked: dict[str, asyncio.Future[Stamp | None]] = {}
+        self._asking: set[asyncio.Task[None]] = set()
+
+    @property
+    def tenants(self) -> list[str]:
+        """Whose memories are hot, the least used first."""
+        return list(self._hot)
 
     @asynccontextmanager
     async def exclusive(self, tenant: str) -> AsyncIterator[None]:
@@ -96,12 +135,13 @@ class Archive:
 
     @asynccontextmanager
     async def open(self, tenant: str, timings: dict[str, float] | None = None) -> AsyncIterator[HotMemory]:
-        """Hold a tenant's hot memory, loaded and no older than the setting says.
+        """Hold a tenant's hot memory, loaded and no older than the setting says, or marked as `away` from the store.
 
         Raises:
             UnknownTenant: there is no such tenant.
             NoClasses: it has no classes.
             FingerprintMismatch: its features were made with another encoder.
+            StoreDown: the memory is not hot, or must not be read unasked, and the store does not answer.
         """
         async with self.exclusive(tenant):
             with self._metrics.stage("store", timings):
@@ -112,28 +152,71 @@ class Archive:
                 self._account()
 
     async def record(self, tenant: str) -> TenantRecord:
-        """Return a tenant's record: the store's, or the hot memory's while that is no older than the setting says.
+        """Return a tenant's record, as the store has it.
+
+        Raises:
+            UnknownTenant: there is no such tenant.
+        """
+        record = await self._store.get(tenant)
+        if record is None:
+            raise UnknownTenant(f"There is no tenant {tenant!r}.")
+        return record
+
+    async def config(self, tenant: str) -> TenantConfig:
+        """Return a tenant's configuration as it was last seen; the store is asked only where no memory is hot.
 
         Raises:
             UnknownTenant: there is no such tenant.
         """
         hot = self._hot.get(tenant)
-        young = hot is not None and self._clock() - hot.synced_at < self._sync_s
-        record = hot.record if hot is not None and young else await self._store.get(tenant)
-        if record is None:
-            raise UnknownTenant(f"There is no tenant {tenant!r}.")
-        return record
+        return (await self.record(tenant)).config if hot is None else hot.config
 
     async def take_back(self, hot: HotMemory, stamp: Stamp, changes: Sequence[Change]) -> None:
         """Bring an opened memory to a stamp by the store's slot changes."""
         if changes:
             await self._worker.run(_apply, hot, changes)
-        hot.stamp, hot.synced_at = stamp, self._clock()
+        hot.stamp, hot.synced_at, hot.away = stamp, self._clock(), False
 
     def drop(self, tenant: str) -> None:
         """Forget a hot memory, so that the next one who opens it loads it."""
         self._hot.pop(tenant, None)
         self._account()
+
+    async def verify(self, tenant: str, every_s: float = 0.0) -> None:
+        """Compare a hot memory with the store's, unless that was done lately; one that differs is loaded anew.
+
+        Raises:
+            StoreDown: the store does not answer.
+        """
+        hot = self._hot.get(tenant)
+        if hot is None or self._clock() - hot.verified_at < every_s:
+            return
+        for start in range(0, len(hot.config.classes), _VERIFIED):
+            # Held for one slice: requests go on in between.
+            async with self.exclusive(tenant):
+                if self._hot.get(tenant) is not hot:
+                    return
+                try:
+                    differ = await self._differing(hot, hot.config.classes[start : start + _VERIFIED])
+                except ReloadNeeded:
+                    return  # it moves on; whoever opens it next brings it in step
+                if differ:
+                    self._metrics.repairs.inc()
+                    logs.event(logs.MEMORY_REPAIRED, level=logging.WARNING, tenant=tenant, classes=differ)
+                    self.drop(tenant)
+                    return
+        hot.verified_at = self._clock()
+
+    async def _differing(self, hot: HotMemory, classes: Sequence[ClassSpec]) -> int:
+        """Return in how many classes a hot memory differs from the store's, once it is in step with it."""
+        synced = await self._store.sync(hot.record.name, hot.stamp)
+        await self.take_back(hot, synced.stamp, synced.changes)
+        told = await self._store.digests(hot.record.name, hot.stamp, [spec.id for spec in classes])
+        banks = hot.snapshot.dynamic.classes
+        own = {spec.id: banks[hot.position[spec.id]] for spec in classes}
+        return sum(
+            told[id_] != digest_of([str(slot) for slot in bank.ids], bank.entropies) for id_, bank in own.items()
+        )
 
     async def _fresh(self, tenant: str) -> HotMemory:
         hot = self._hot.get(tenant)
@@ -142,22 +225,57 @@ class Archive:
         self._hot.move_to_end(tenant)
         age = self._clock() - hot.synced_at
         self._metrics.sync_lag_seconds.observe(max(0.0, age))
-        if age < self._sync_s:
+        if age < self._sync_s and not hot.away:
             return hot
         try:
-            synced = await self._store.sync(tenant, hot.stamp)
+            await self._bring_in_step(hot)
         except ReloadNeeded:
-            self._hot.pop(tenant, None)
+            del self._hot[tenant]
             hot = self._hot[tenant] = await self._load(tenant)
-            return hot
-        await self.take_back(hot, synced.stamp, synced.changes)
+        except StoreDown:
+            if not self._serve_stale:
+                raise
+            hot.away = True
         return hot
+
+    async def _bring_in_step(self, hot: HotMemory) -> None:
+        asked_at = self._clock()
+        stamp = await self._where(hot.record.name)
+        if stamp != hot.stamp:
+            synced = await self._store.sync(hot.record.name, hot.stamp)
+            await self.take_back(hot, synced.stamp, synced.changes)
+        hot.synced_at, hot.away = asked_at, False
+
+    async def _where(self, tenant: str) -> Stamp | None:
+        """Return the stamp that a tenant is at; all who ask in one turn of the event loop share one read."""
+        loop = asyncio.get_running_loop()
+        if not self._asked:
+            loop.call_soon(self._ask)
+        future = self._asked.setdefault(tenant, loop.create_future())
+        return await asyncio.shield(future)
+
+    def _ask(self) -> None:
+        asked, self._asked = self._asked, {}
+        task = asyncio.create_task(self._answer(asked), name="dmn-versions")
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+
+    async def _answer(self, asked: Mapping[str, asyncio.Future[Stamp | None]]) -> None:
+        try:
+            stamps = await self._store.stamps(list(asked))
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            for future in asked.values():
+                future.set_exception(error)
+                future.exception()  # heard of, even where nobody waits any more
+            return
+        for future, stamp in zip(asked.values(), stamps, strict=True):
+            future.set_result(stamp)
 
     async def _load(self, tenant: str) -> HotMemory:
         stored = await self._store.load(tenant)
         if stored is None:
             raise UnknownTenant(f"There is no tenant {tenant!r}.")
-        check_fingerprint(stored.record, self._encoder.fingerprint)
+        check_fingerprint(stored.record, self._encoder)
         config = stored.record.config
         if not config.classes:
             raise NoClasses(f"The tenant {tenant!r} has no classes yet.")
@@ -170,6 +288,8 @@ class Archive:
             stamp=stored.record.stamp,
             shelves=shelves,
             synced_at=loaded_at,
+            verified_at=loaded_at,
+            unread=sum(not shot.feature for own in stored.shots.values() for shot in own),
             shot_bytes=sum(shot.nbytes for own in stored.shots.values() for shot in own),
             position={spec.id: i for i, spec in enumerate(config.classes)},
             barred=stored.barred,
@@ -193,29 +313,47 @@ class Archive:
         self._metrics.fill_ratio.set(filled / room if room else 0.0)
 
 
-def check_fingerprint(record: TenantRecord, fingerprint: str) -> None:
-    """Return if a tenant's features were made with the encoder of that fingerprint.
+def check_fingerprint(record: TenantRecord, encoder: Encoder) -> None:
+    """Return if a tenant's features were made with this encoder.
 
     Raises:
-        FingerprintMismatch: they were not.
+        FingerprintMismatch: they were not; says what differs and what to do.
     """
-    if record.fingerprint != fingerprint:
+    differs = differences(record, encoder)
+    if differs:
         raise FingerprintMismatch(
-            f"The memory of {record.name!r} was made with the encoder {record.fingerprint[:12]}; this service runs "
-            f"{fingerprint[:12]}. Serve with that encoder, or replace the tenant to start its memory anew."
+            f"The memory of {record.name!r} was {differs}. Serve with DMN_ENCODER="
+            f"{record.origin.get('encoder', '...')}, or PUT /tenants/{record.name} again: shots whose images are kept "
+            "are then read by this encoder, and the dynamic memory starts afresh."
         )
+
+
+def differences(record: TenantRecord, encoder: Encoder) -> str:
+    """Return in what the encoder that made a memory differs from this one, as the end of a sentence; or nothing."""
+    if record.fingerprint == encoder.fingerprint:
+        return ""
+    made, own = record.origin, encoder.origin
+    names = [name for name in own if made.get(name) != own[name]]
+    return (
+        f"made with the encoder {made.get('encoder', '(unknown)')} ({record.fingerprint[:12]}), and this service runs "
+        f"{encoder.name} ({encoder.fingerprint[:12]}): {', '.join(names) or 'fingerprints'} differ"
+    )
+
+
+def origin_of(encoder: Encoder) -> dict[str, str]:
+    """Return what a tenant's record says of where its features come from."""
+    return {"encoder": encoder.name, **encoder.origin}
 
 
 def stack_features(stored: Iterable[StoredSlot | StoredShot], dim: int) -> Tensor:
     """Return stored features (n, d) in half precision."""
-    rows = [decode_feature(one.feature, dim) for one in stored]
-    return torch.stack(rows) if rows else torch.empty(0, dim, dtype=torch.float16)
+    return decode_features(b"".join(one.feature for one in stored), dim)
 
 
 def _snapshot(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
     config, dim = stored.record.config, text.shape[-1]
-    banks = [stored.slots.get(spec.id, ()) for spec in config.classes]
-    shots = [stored.shots.get(spec.id, ()) for spec in config.classes]
+    banks = [stored.slots.get(spec.id, StoredBank()) for spec in config.classes]
+    shots = [[shot for shot in stored.shots.get(spec.id, ()) if shot.feature] for spec in config.classes]
     return Snapshot(
         text=text,
         dynamic=DynamicMemory(classes=tuple(_slots(bank, dim, text.device) for bank in banks), slots=config.slots),
@@ -231,12 +369,8 @@ def _snapshot(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
     )
 
 
-def _slots(bank: Sequence[StoredSlot], dim: int, device: torch.device) -> Slots:
-    return Slots(
-        keys=stack_features(bank, dim).to(device),
-        entropies=tuple(slot.entropy for slot in bank),
-        ids=tuple(slot.id for slot in bank),
-    )
+def _slots(bank: StoredBank, dim: int, device: torch.device) -> Slots:
+    return Slots(keys=decode_features(bank.features, dim).to(device), entropies=bank.entropies, ids=bank.ids)
 
 
 def _apply(hot: HotMemory, changes: Sequence[Change]) -> None:
@@ -257,10 +391,18 @@ def _apply(hot: HotMemory, changes: Sequence[Change]) -> None:
 
 
 def _rewrite(bank: Slots, own: dict[str, StoredSlot | None], dim: int) -> Slots:
+    """Return a bank with slots put in or, where there is None, taken out; in the order that a store reads them in.
+
+    So the same slots give the same answers to the last bit, however they came together.
+    """
     kept = [slot for slot, id_ in enumerate(bank.ids) if id_ not in own]
     new = [slot for slot in own.values() if slot is not None]
+    keys = torch.cat((bank.keys[kept], stack_features(new, dim).to(bank.keys.device)))
+    entropies = (*(bank.entropies[slot] for slot in kept), *(slot.entropy for slot in new))
+    ids = (*(bank.ids[slot] for slot in kept), *(slot.id for slot in new))
+    order = sorted(range(len(ids)), key=lambda slot: (entropies[slot], ids[slot]))
     return Slots(
-        keys=torch.cat((bank.keys[kept], stack_features(new, dim).to(bank.keys.device))),
-        entropies=(*(bank.entropies[slot] for slot in kept), *(slot.entropy for slot in new)),
-        ids=(*(bank.ids[slot] for slot in kept), *(slot.id for slot in new)),
+        keys=keys[order],
+        entropies=tuple(entropies[slot] for slot in order),
+        ids=tuple(ids[slot] for slot in order),
     )

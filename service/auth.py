@@ -7,7 +7,8 @@ that others can reach.
 from __future__ import annotations
 
 from .errors import InvalidRequest
-from .tenants import DEFAULT_TENANT, tenant_name
+from .settings import DEFAULT_TENANT
+from .tenants import tenant_name
 
 
 def named_tenant(header: str | None, query: str | None) -> str:

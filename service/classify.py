@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from . import logs
+from . import logs, upkeep
 from .desk import Question, Reading
 from .errors import DeadlineExceeded, Internal, LimitExceeded, NoClasses, ServiceError, TooManyImages
 from .images import ImageFault
@@ -55,6 +56,9 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
         # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
         results = await each([partial(_read, rooms, call, one) for one in encoded], rooms, call.deadline)
     count_faults(rooms, results)
+    if any(isinstance(result, Reading) and result.due for result in results):
+        with suppress(ServiceError):  # the answer stands; the next one who meets the memory tries again
+            await upkeep.resume(rooms, call.tenant)
     return results
 
 
@@ -128,8 +132,7 @@ async def _in_time(walk: Callable[[], Awaitable[T]], rooms: Rooms, deadline: flo
 
 async def _check_tenant(rooms: Rooms, tenant: str) -> None:
     """Refuse a call that no memory can answer before anything is decoded."""
-    record = await rooms.archive.record(tenant)
-    if not record.config.classes:
+    if not (await rooms.archive.config(tenant)).classes:
         raise NoClasses(f"The tenant {tenant!r} has no classes yet.")
 
 

@@ -1,4 +1,4 @@
-"""The command line: `dmn serve`, `classify`, `evaluate`, `replay`, `config`. Settings are made here, once."""
+"""The command line: `dmn serve`, `classify`, `evaluate`, `replay`, `memory`, `config`. Settings are made here, once."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from rich.table import Table
 
 from core.errors import CoreError
 
-from . import logs
+from . import logs, remote
 from .errors import ServiceError
-from .settings import CONFIG_VARIABLE, Settings
+from .settings import CONFIG_VARIABLE, DEFAULT_TENANT, Settings
 
 app = typer.Typer(
     name="dmn",
@@ -29,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+memory = typer.Typer(help="Move the memory of a tenant of a running service.", no_args_is_help=True)
+app.add_typer(memory, name="memory")
 out = Console()
 err = Console(stderr=True)
 
@@ -43,6 +45,10 @@ EncoderOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Torch device; `auto` takes CUDA if there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+TenantOption = Annotated[str, typer.Option(help="Whose memory.")]
+UrlOption = Annotated[
+    str | None, typer.Option("--url", help="Address of the service; by default that of DMN_HOST and DMN_PORT.")
+]
 
 
 def main() -> None:
@@ -143,6 +149,39 @@ def replay(
         out.print(offline.report_table(report))
 
 
+@memory.command("export")
+def export_memory(
+    file: Annotated[Path, typer.Argument(help="Where to write the memory, a safetensors file.")],
+    tenant: TenantOption = DEFAULT_TENANT,
+    url: UrlOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,  # noqa: FBT002
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Write a tenant's configuration and memories to a file."""
+    size = remote.export_memory(_service_url(url), tenant, file, err, force=force)
+    if as_json:
+        _print_json({"tenant": tenant, "file": str(file), "bytes": size})
+    else:
+        out.print(f"The memory of {tenant} is in {file} ({size:,} bytes).", highlight=False, soft_wrap=True)
+
+
+@memory.command("import")
+def import_memory(
+    file: Annotated[Path, typer.Argument(help="An exported memory.")],
+    tenant: TenantOption = DEFAULT_TENANT,
+    url: UrlOption = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Replace a tenant's configuration and memories by an exported file, or create the tenant."""
+    told = remote.import_memory(_service_url(url), tenant, file, err)
+    if as_json:
+        _print_json(told)
+        return
+    saved = told["snapshot"]
+    kept = f" What it was before is in the snapshot {saved['id']}." if saved else ""
+    out.print(f"The memory of {tenant} is now that of {file}.{kept}", highlight=False, soft_wrap=True)
+
+
 @app.command()
 def config(as_json: JsonOption = False) -> None:  # noqa: FBT002
     """Print the effective settings, secrets masked."""
@@ -165,6 +204,13 @@ def _settings(**given: object) -> Settings:
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         _stop(" ".join(_setting_fault(one) for one in error.errors(include_url=False)))
+
+
+def _service_url(url: str | None) -> str:
+    if url is not None:
+        return url.rstrip("/")
+    settings = _settings()
+    return f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
 
 
 def _setting_fault(one: Any) -> str:

@@ -7,6 +7,7 @@ and one push for the tenant's share of an encode batch. The answers do not depen
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,9 +22,11 @@ from core.numerics import affinity
 from core.projection import project_query, project_slots
 from core.static import Shots
 
+from . import logs
 from .archive import Archive, HotMemory
-from .errors import StoreDown
+from .errors import Contended, ServiceError, StoreAway, StoreDown
 from .metrics import Metrics
+from .outbox import Outbox
 from .stores.base import MemoryStore, PushCandidate, ReloadNeeded, Stamp, StoredSlot, Verdict
 from .worker import Worker
 
@@ -31,8 +34,9 @@ GROUP = 32
 """Images read together, and so candidates in one push, at most."""
 
 STRONGEST = 3
-_HELD = (Outcome.FILLED, Outcome.REPLACED, Outcome.DUPLICATE)
+_HELD = (Outcome.FILLED, Outcome.REPLACED, Outcome.DUPLICATE, "pending")
 _TRIES = 3
+_NEW_EPOCH = "the memory began a new epoch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +70,10 @@ class Explanation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """One image's answer: class names in the tenant's order and probabilities (c,) of each branch, on the CPU."""
+    """One image's answer: class names in the tenant's order and probabilities (c,) of each branch, on the CPU.
+
+    `stale` says that the memory may be behind the store's, or waits for upkeep; `due` that it does the latter.
+    """
 
     names: tuple[str, ...]
     fused: Tensor
@@ -76,6 +83,8 @@ class Reading:
     learned: Learned
     explanation: Explanation | None
     stamp: Stamp
+    stale: bool
+    due: bool
     timings: dict[str, float]
 
 
@@ -99,12 +108,26 @@ class Desk:
     """Reads and writes tenants' memories, one group of samples a tenant at a time."""
 
     def __init__(
-        self, archive: Archive, store: MemoryStore, worker: Worker, metrics: Metrics, *, tenant_max_bytes: int
+        self,
+        archive: Archive,
+        store: MemoryStore,
+        worker: Worker,
+        metrics: Metrics,
+        *,
+        tenant_max_bytes: int,
+        pending_images: int = 0,
+        serve_stale: bool = False,
     ) -> None:
         self._archive, self._store, self._worker, self._metrics = archive, store, worker, metrics
-        self._tenant_max_bytes = tenant_max_bytes
+        self._tenant_max_bytes, self._serve_stale = tenant_max_bytes, serve_stale
+        self._outbox = Outbox(room=pending_images)
         self._queues: dict[str, deque[_Waiting]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def pending(self) -> int:
+        """Writes that wait for the store."""
+        return len(self._outbox)
 
     async def ask(self, tenant: str, question: Question) -> Reading:
         """Return the answer to one image.
@@ -121,10 +144,28 @@ class Desk:
         self._queues[tenant].append(waiting)
         return await waiting.future
 
+    async def deliver(self) -> None:
+        """Push what waits for the store, as far as it answers."""
+        for tenant in self._outbox.tenants:
+            try:
+                async with self._archive.open(tenant) as hot:
+                    await self._catch_up(hot)
+            except ReloadNeeded:
+                self._archive.drop(tenant)
+            except StoreDown:
+                continue
+            except ServiceError:
+                self._lose(len(self._outbox.take(tenant)[1]), tenant, "the tenant is gone")
+            except Exception as error:  # noqa: BLE001 - a fault with one tenant is no fault of the others
+                logs.event(logs.UPKEEP_FAILED, level=logging.ERROR, error=error, tenant=tenant)
+
     async def drain(self) -> None:
-        """Wait until every group under way is done."""
+        """Wait until every group under way is done, and what waits for the store is pushed or, if need be, given up."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.deliver()
+        for tenant in self._outbox.tenants:
+            self._lose(len(self._outbox.take(tenant)[1]), tenant, "the service stops")
 
     async def _work_off(self, tenant: str, queue: deque[_Waiting]) -> None:
         """Answer a tenant's samples until none waits; a task of its own, so that no client's leaving stops others."""
@@ -134,6 +175,7 @@ class Desk:
             timings: dict[str, float] = {}
             try:
                 async with self._archive.open(tenant, timings) as hot:
+                    await self._catch_up(hot)
                     group = _take(queue)
                     await self._answer(hot, group, timings)
                 tries = 0
@@ -143,7 +185,7 @@ class Desk:
                 queue.extendleft(reversed(group))
                 tries += 1
                 if tries == _TRIES:
-                    _fail(queue, StoreDown("The memory keeps changing under the call.", retry_after_s=1.0))
+                    _fail(queue, Contended())
             except Exception as error:  # noqa: BLE001 - whatever it is, every caller must hear of it
                 _fail(group, error)
                 _fail(queue, error)
@@ -168,6 +210,8 @@ class Desk:
                 learned=own,
                 explanation=traces[i],
                 stamp=hot.stamp,
+                stale=hot.stale,
+                due=hot.due,
                 timings=dict(timings),
             )
             waiting.future.set_result(reading)
@@ -178,8 +222,9 @@ class Desk:
         """Return the answers to those of a group who wait to the end; who leaves meanwhile leaves no trace in them."""
         while group:
             questions = [waiting.question for waiting in group]
+            room = self._room(hot)
             with self._metrics.stage("memory", timings):
-                answers, traces = await self._worker.run(_classify, hot, questions, self._tenant_max_bytes)
+                answers, traces = await self._worker.run(_classify, hot, questions, room)
             stay = [waiting for waiting in group if not waiting.future.done()]
             if len(stay) == len(group):
                 return answers, traces, group
@@ -190,19 +235,71 @@ class Desk:
         """Push what the memory took, take the store's changes back, and return what became of each image."""
         wanted = [i for i, took in enumerate(answers.learned) if took]
         verdicts: dict[int, Verdict] = {}
+        pending: set[int] = set()
         if wanted:
             candidates = [_candidate(hot, answers.writes[i]) for i in wanted]
-            pushed = await self._store.push(hot.record.name, hot.stamp, candidates)
-            await self._archive.take_back(hot, pushed.synced.stamp, pushed.synced.changes)
-            verdicts = dict(zip(wanted, pushed.verdicts, strict=True))
+            try:
+                verdicts = dict(zip(wanted, await self._push(hot, candidates), strict=True))
+            except StoreDown:
+                if not self._serve_stale:
+                    raise
+                hot.away = True
+                pending = set(self._put_off(hot, wanted, candidates))
         learned = [
-            _learned(hot, waiting.question, write, verdicts.get(i))
+            _learned(hot, waiting.question, write, verdicts.get(i), pending=i in pending)
             for i, (waiting, write) in enumerate(zip(group, answers.writes, strict=True))
         ]
         for own in learned:
             self._metrics.updates.labels(own.outcome).inc()
             self._metrics.entropy_nats.observe(own.entropy)
         return learned
+
+    def _room(self, hot: HotMemory) -> int:
+        """Return how many more slots the tenant may fill; what waits for the store may fill some."""
+        each = FEATURE_BYTES * hot.snapshot.text.shape[-1]
+        held = hot.filled + self._outbox.count(hot.record.name)
+        return (self._tenant_max_bytes - hot.shot_bytes) // each - held
+
+    async def _push(self, hot: HotMemory, candidates: Sequence[PushCandidate]) -> tuple[Verdict, ...]:
+        if hot.away:
+            raise StoreAway("The store did not answer a moment ago.", retry_after_s=1.0)
+        pushed = await self._store.push(hot.record.name, hot.stamp, candidates)
+        await self._archive.take_back(hot, pushed.synced.stamp, pushed.synced.changes)
+        return pushed.verdicts
+
+    def _put_off(self, hot: HotMemory, wanted: Sequence[int], candidates: Sequence[PushCandidate]) -> list[int]:
+        """Keep writes for later; return which of them there was room for."""
+        name, epoch = hot.record.name, hot.stamp.epoch
+        self._lose(self._outbox.forget(name, but=epoch), name, _NEW_EPOCH)
+        kept = [i for i, own in zip(wanted, candidates, strict=True) if self._outbox.add(name, epoch, own)]
+        if len(kept) < len(wanted):
+            self._lose(len(wanted) - len(kept), name, "no more room for writes that wait")
+        return kept
+
+    async def _catch_up(self, hot: HotMemory) -> None:
+        """Push what waited for the store; what belongs to another epoch is given up: it would undo a reset."""
+        if hot.away or hot.record.name not in self._outbox:
+            return
+        name, epoch = hot.record.name, hot.stamp.epoch
+        self._lose(self._outbox.forget(name, but=epoch), name, _NEW_EPOCH)
+        waiting = self._outbox.take(name)[1]
+        for start in range(0, len(waiting), GROUP):
+            try:
+                await self._push(hot, waiting[start : start + GROUP])
+            except BaseException as error:
+                # Whatever it was, cancelled or not: pushing again what may have been written changes nothing.
+                self._put_off(hot, range(len(waiting) - start), waiting[start:])
+                if not isinstance(error, StoreDown):
+                    raise
+                hot.away = True
+                return
+        if waiting:
+            logs.event(logs.WRITES_DELIVERED, tenant=name, images=len(waiting))
+
+    def _lose(self, images: int, tenant: str, why: str) -> None:
+        if images:
+            self._metrics.updates.labels("lost").inc(images)
+            logs.event(logs.WRITES_LOST, level=logging.WARNING, tenant=tenant, images=images, why=why)
 
 
 def _take(queue: deque[_Waiting]) -> list[_Waiting]:
@@ -223,13 +320,11 @@ def _fail(waiting: Collection[_Waiting], error: Exception) -> None:
         waiting.clear()
 
 
-def _classify(
-    hot: HotMemory, questions: Sequence[Question], max_bytes: int
-) -> tuple[Answers, list[Explanation | None]]:
+def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple[Answers, list[Explanation | None]]:
     """Classify in the worker, and bring the probabilities to the CPU."""
     learn = hot.config.learn
     samples = [Sample(views=q.views, id=q.digest, learn=q.learn and learn) for q in questions]
-    answers = classify(hot.shelves, samples, _may_store(hot, max_bytes))
+    answers = classify(hot.shelves, samples, _may_store(hot, room))
     traces = [
         _explain(hot, sample.views[:1], answers.seen[i]) if question.explain else None
         for i, (sample, question) in enumerate(zip(samples, questions, strict=True))
@@ -244,15 +339,16 @@ def _classify(
     return on_cpu, traces
 
 
-def _may_store(hot: HotMemory, max_bytes: int) -> Callable[[SlotWrite], bool]:
-    """Return who may enter: not what was purged in this epoch, and no more fills than the tenant may hold."""
-    each = FEATURE_BYTES * hot.snapshot.text.shape[-1]
-    room = (max_bytes - hot.shot_bytes) // each - hot.filled
+def _may_store(hot: HotMemory, room: int) -> Callable[[SlotWrite], bool]:
+    """Return who may enter: not what was purged, and no more fills than there is room for.
+
+    Nobody, for now, where the slots were scored under another label set: entropies of two cannot be compared.
+    """
 
     def may(write: SlotWrite) -> bool:
         nonlocal room
         fills = write.outcome is Outcome.FILLED
-        if _is_barred(hot, write) or (fills and room <= 0):
+        if hot.due or _is_barred(hot, write) or (fills and room <= 0):
             return False
         room -= fills
         return True
@@ -270,10 +366,14 @@ def _candidate(hot: HotMemory, write: SlotWrite) -> PushCandidate:
     return PushCandidate(class_id=hot.config.classes[sample.label].id, slot=slot)
 
 
-def _learned(hot: HotMemory, question: Question, write: SlotWrite, verdict: Verdict | None) -> Learned:
+def _learned(
+    hot: HotMemory, question: Question, write: SlotWrite, verdict: Verdict | None, *, pending: bool
+) -> Learned:
     """Return what became of an image: the store's verdict, or why nothing was pushed."""
     if verdict is not None:
         outcome = str(verdict.outcome)
+    elif pending:
+        outcome = "pending"
     elif not question.learn or not hot.config.learn:
         outcome = "skipped"
     elif write.slot is None:

@@ -4,8 +4,9 @@ bytes ──porch──> request     InvalidRequest BodyTooLarge TooManyImages N
 request ──gate──> tenant     Unauthenticated Forbidden RateLimited UnknownTenant
 bytes ──darkroom──> pixels   the tree of service.images: unsupported-media-type, image-unreadable, image-too-large
 pixels ──shuttle──> query    QueueFull Draining DeadlineExceeded
-tenant ──archive──> memory   StoreDown FingerprintMismatch NoClasses
+tenant ──archive──> memory   StoreDown (StoreAway, Contended) FingerprintMismatch NoClasses
 config, shots, slots         DuplicateClass LimitExceeded UnknownClass UnknownShot UnknownSlot IdempotencyConflict
+jobs, snapshots              UnknownJob UnknownSnapshot
 anything else                Internal, without a detail that could leak
 """
 
@@ -117,7 +118,8 @@ PROBLEMS: dict[str, ProblemType] = {
         409,
         "The memory belongs to another encoder",
         "Features of two encoders cannot be compared, so memories of one are never read with the other.",
-        "Serve with the encoder that the memory was made with, or reset the memory.",
+        "Serve with the encoder that `detail` names; or `PUT /tenants/{tenant}` anew: shots whose images are kept are "
+        "read by the new encoder, and the dynamic memory starts afresh.",
     ),
     "idempotency-conflict": _type(
         422,
@@ -233,6 +235,18 @@ class UnknownSlot(ServiceError):
     slug = "unknown-slot"
 
 
+class UnknownJob(ServiceError):
+    """No job has the id."""
+
+    slug = "unknown-job"
+
+
+class UnknownSnapshot(ServiceError):
+    """No snapshot has the id."""
+
+    slug = "unknown-snapshot"
+
+
 class NoClasses(ServiceError):
     """The tenant has no classes."""
 
@@ -276,9 +290,20 @@ class Draining(ServiceError):
 
 
 class StoreDown(ServiceError):
-    """The store does not answer."""
+    """The store does not do what it is asked."""
 
     slug = "store-down"
+
+
+class StoreAway(StoreDown):
+    """The store does not answer at all."""
+
+
+class Contended(StoreDown):
+    """The store answers, but others change the same tenant again and again."""
+
+    def __init__(self) -> None:
+        super().__init__("The tenant keeps changing under the call.", retry_after_s=1.0)
 
 
 class DeadlineExceeded(ServiceError):

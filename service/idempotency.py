@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 
-from .errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest
+from .errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest, StoreDown
 from .locks import KeyedLocks
 from .stores.base import MemoryStore, Remembered
 
@@ -53,11 +53,14 @@ class Ledger:
     async def _once(
         self, tenant: str, key: str, digest: str, answer: Callable[[], Awaitable[Remembered]]
     ) -> Remembered:
-        known = await self._store.recall(tenant, key)
+        known = None
+        with suppress(StoreDown):  # a call that can be answered without the store is; repeating it changes nothing
+            known = await self._store.recall(tenant, key)
         if known is None:
             known = await answer()
             if known.final and known.status < _FIRST_FAILURE:
-                await self._store.remember(tenant, key, known)
+                with suppress(StoreDown):  # what was done is done
+                    await self._store.remember(tenant, key, known)
         elif known.digest != digest:
             raise IdempotencyConflict(f"The Idempotency-Key {key!r} was used for another request.")
         return known

@@ -29,8 +29,8 @@ from .desk import Reading
 from .errors import InvalidRequest
 from .images import ImageFault, ImageUnreadable
 from .rooms import Rooms
-from .settings import Settings
-from .tenants import DEFAULT_TENANT, ClassSpec, TenantConfig, class_name
+from .settings import DEFAULT_TENANT, Settings
+from .tenants import ClassSpec, TenantConfig, class_name
 
 T = TypeVar("T")
 

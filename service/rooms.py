@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from .archive import Archive
 from .batching import Batcher
 from .darkroom import Darkroom
 from .desk import Desk
+from .jobs import Jobs
 from .metrics import Metrics
 from .settings import Settings
 from .stores.base import MemoryStore
@@ -20,7 +22,11 @@ from .worker import Worker
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rooms:
-    """Everything with a life cycle, made and taken down in `service.app`; `clock` is monotonic, in seconds."""
+    """Everything with a life cycle, made and taken down in `service.app`.
+
+    `clock` is monotonic and `wall` is wall time, both in seconds. `carrier` is held by whoever has a whole memory in
+    hand, `dock` by whoever receives one: one at a time, so that neither memory nor disk fill up.
+    """
 
     settings: Settings
     encoder: Encoder
@@ -31,5 +37,9 @@ class Rooms:
     store: MemoryStore
     archive: Archive
     desk: Desk
+    jobs: Jobs
+    carrier: asyncio.Lock
+    dock: asyncio.Lock
     metrics: Metrics
     clock: Callable[[], float]
+    wall: Callable[[], float]

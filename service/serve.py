@@ -44,9 +44,6 @@ async def _serve(settings: Settings, console: Console) -> int:
     return 0 if server.started else 1
 
 
-_KEPT = {"memory": "memories are kept in this process alone", "embedded": "memories are kept in"}
-
-
 class _Server(uvicorn.Server):
     """Turns readiness off first when told to stop, so that a balancer looks elsewhere before the doors close."""
 
@@ -60,11 +57,9 @@ class _Server(uvicorn.Server):
             return
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        kept = _KEPT.get(self._settings.store_kind, "memories are kept in the store")
-        if self._settings.store == "embedded":
-            kept = f"{kept} {self._settings.data_dir}"
         self._console.print(
-            f"dmn serves {self._rooms.encoder.name} on http://{shown}:{port} (routes: /docs; {kept}). Ctrl-C stops it.",
+            f"dmn serves {self._rooms.encoder.name} on http://{shown}:{port} (routes: /docs). "
+            f"{_kept(self._rooms.settings)} Ctrl-C stops it.",
             highlight=False,
             soft_wrap=True,
         )
@@ -84,3 +79,12 @@ class _Server(uvicorn.Server):
     def _close(self) -> None:
         self._rooms.batcher.draining = True
         self.should_exit = True
+
+
+def _kept(settings: Settings) -> str:
+    """Return where memories are kept, as a sentence."""
+    if settings.store == "memory":
+        return "Memories are not kept: they end with this process. To keep them, install the extra `embedded`."
+    if settings.store == "embedded":
+        return f"Memories are kept in {settings.data_dir}."
+    return "Memories are kept in the store."

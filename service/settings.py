@@ -20,6 +20,9 @@ from pydantic_settings import (
 MIB = 1 << 20
 CONFIG_VARIABLE = "DMN_CONFIG"
 
+DEFAULT_TENANT = "default"
+"""The tenant of callers that name none; it always exists, at first without classes."""
+
 _STORE_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "rediss+cluster")
 
 
@@ -33,10 +36,15 @@ class Settings(BaseSettings):
     encoder: str = Field("lite", description="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`")
     device: str = Field("auto", description="torch device of the encoder; `auto` takes CUDA where there is one")
     store: str = Field(
-        "memory",
-        description="where memories live: `memory` keeps nothing, `embedded` runs a private Valkey, or the URL of a "
+        "embedded",
+        description="where memories live: `embedded` runs a private Valkey, `memory` keeps nothing, or the URL of a "
         "Redis or Valkey (`redis://`, `rediss://`, `unix://`, `redis+sentinel://`, `redis+cluster://`)",
     )
+    store_down: Literal["serve", "refuse"] = Field(
+        "serve", description="while the store is away: `serve` from hot memories, marked stale, or `refuse`"
+    )
+    store_timeout_ms: PositiveFloat = Field(2000.0, description="wait for one answer of the store")
+    pending_images: int = Field(10_000, ge=0, description="images kept to be learned while the store is away")
     data_dir: Path = Field(
         default_factory=lambda: _state_folder() / "dmn", description="folder of the embedded store's data"
     )
@@ -78,6 +86,14 @@ class Settings(BaseSettings):
     hot_memory_bytes: PositiveInt = Field(1024 * MIB, description="memories kept ready to be read, all tenants")
     text_cache_bytes: PositiveInt = Field(64 * MIB, description="text features kept, all tenants")
     sync_ms: float = Field(200.0, ge=0, description="age at which a hot memory asks the store for changes")
+    verify_s: float = Field(300.0, ge=0, description="how often hot memories are compared with the store; 0: never")
+    snapshots: int = Field(10, ge=0, description="automatic snapshots kept a tenant; 0: none are taken")
+    snapshot_every_s: float = Field(
+        86_400.0, ge=0, description="between automatic snapshots of a memory in use; 0: never"
+    )
+    snapshot_max_bytes: PositiveInt = Field(1024 * MIB, description="bytes of all snapshots a tenant")
+    max_snapshots: PositiveInt = Field(100, description="snapshots a tenant, automatic ones included")
+    max_import_bytes: PositiveInt = Field(1024 * MIB, description="bytes of an imported memory")
     idempotency_ttl_s: PositiveFloat = Field(86_400.0, description="how long an answer stands for its key")
     idempotency_max_bytes: PositiveInt = Field(64 * MIB, description="answers kept for their keys, all tenants")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")

@@ -18,9 +18,6 @@ from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS
 from .errors import DuplicateClass, InvalidRequest, LimitExceeded, UnknownClass
 from .settings import Settings
 
-DEFAULT_TENANT = "default"
-"""The tenant of callers that name none; it always exists, at first without classes."""
-
 Retention = Literal["features", "images"]
 """What is kept of an uploaded shot: its feature, or its bytes too, so that another encoder can read it later."""
 

@@ -12,6 +12,9 @@ CANNOT_RUN = ("no GPU", "no IPv6", "no real data")
 # As the command line sets it, and before torch is imported: threads that wait must not starve those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# A test that wants a store which outlives it says so; none must meet the memories of whoever runs the tests.
+os.environ["DMN_STORE"] = "memory"
+
 _skipped: list[str] = []
 
 

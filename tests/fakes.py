@@ -34,6 +34,7 @@ class FakeEncoder:
 
     def __init__(self, fingerprint: str = "fake-1") -> None:
         self.fingerprint = fingerprint
+        self.origin = {"architecture": "fake", "weights": fingerprint}
         self.images = 0
         self.texts = 0
 

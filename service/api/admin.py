@@ -1,31 +1,131 @@
-"""`/admin`: what empties memories."""
+"""`/admin`: what empties memories, brings them back, and moves them."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from .. import adapt
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from .. import adapt, snapshots
+from ..errors import QueueFull
 from ..idempotency import digest_of
-from ..stores.base import Remembered
-from .deps import KeyDep, LedgerDep, RoomsDep, TenantDep, json_answer, response_of, stamp_out
-from .schemas import ResetIn, ResetOut
+from ..rooms import Rooms
+from ..stores.base import Remembered, SnapshotInfo, Stamp
+from .deps import (
+    CursorDep,
+    KeyDep,
+    LedgerDep,
+    LimitDep,
+    RoomsDep,
+    TenantDep,
+    json_answer,
+    page,
+    response_of,
+    stamp_out,
+)
+from .schemas import ResetIn, ResetOut, SnapshotListOut, SnapshotOut
 
-router = APIRouter(prefix="/admin", tags=["admin"])
+router = APIRouter(prefix="/admin/memory", tags=["admin"])
+
+IMPORT = "/admin/memory/import"
+"""Path of the one call whose body goes to disk, and may be larger than any other."""
+
+_FILE = "application/octet-stream"
+_UPLOAD = {"required": True, "content": {_FILE: {"schema": {"type": "string", "format": "binary"}}}}
 
 
-@router.post("/memory/reset", response_model=ResetOut, summary="Empty the memories")
+@router.post("/reset", response_model=ResetOut, summary="Empty the memories")
 async def reset(rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, body: ResetIn, key: KeyDep = None) -> Response:
-    """Empty the dynamic memory, the static one or both, of some classes or of all."""
+    """Empty the dynamic memory, the static one or both, of some classes or of all; a snapshot keeps what was there."""
     digest = digest_of(("reset", body.model_dump_json()))
 
     async def once() -> Remembered:
-        stamp = await adapt.reset(
+        stamp, saved = await adapt.reset(
             rooms,
             tenant,
             dynamic=body.scope in ("dynamic", "all"),
             static=body.scope in ("static", "all"),
             classes=body.classes,
         )
-        return json_answer(ResetOut(tenant=tenant, memory=stamp_out(stamp)), digest)
+        return json_answer(_told(tenant, stamp, saved), digest)
 
     return response_of(await ledger.once(tenant, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
+
+
+@router.post("/snapshots", status_code=201, response_model=SnapshotOut, summary="Take a snapshot")
+async def take(rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, key: KeyDep = None) -> Response:
+    """Keep the memory as it is now, to come back to."""
+    digest = digest_of(("snapshot",))
+
+    async def once() -> Remembered:
+        return json_answer(SnapshotOut.of(await snapshots.take(rooms, tenant)), digest, 201)
+
+    return response_of(await ledger.once(tenant, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
+
+
+@router.get("/snapshots", summary="List the snapshots")
+async def list_snapshots(
+    rooms: RoomsDep, tenant: TenantDep, limit: LimitDep = 100, cursor: CursorDep = None
+) -> SnapshotListOut:
+    """Return a page of snapshots, the newest first."""
+    await rooms.archive.record(tenant)
+    infos = (await rooms.store.snapshots(tenant))[::-1]
+    part, more = page(infos, limit, cursor, lambda info: info.id)
+    return SnapshotListOut(items=[SnapshotOut.of(info) for info in part], next=more)
+
+
+@router.get("/snapshots/{snapshot}", summary="Look at a snapshot")
+async def get_snapshot(rooms: RoomsDep, tenant: TenantDep, snapshot: str) -> SnapshotOut:
+    """Return what is known of one snapshot."""
+    return SnapshotOut.of(await snapshots.find(rooms, tenant, snapshot))
+
+
+@router.post("/snapshots/{snapshot}/restore", summary="Go back to a snapshot")
+async def restore(rooms: RoomsDep, tenant: TenantDep, snapshot: str) -> ResetOut:
+    """Bring configuration and memories back to what they were, at once for all who read; and keep what they are."""
+    record, saved = await snapshots.restore(rooms, tenant, snapshot)
+    return _told(tenant, record.stamp, saved)
+
+
+@router.delete("/snapshots/{snapshot}", status_code=204, summary="Remove a snapshot")
+async def drop(rooms: RoomsDep, tenant: TenantDep, snapshot: str) -> None:
+    """Remove a snapshot; the memory stays as it is."""
+    await snapshots.drop(rooms, tenant, snapshot)
+
+
+@router.get("/export", response_class=StreamingResponse, summary="Export the memory")
+async def export(rooms: RoomsDep, tenant: TenantDep) -> StreamingResponse:
+    """Return configuration and memories as one safetensors file."""
+    size, parts = await snapshots.send_out(rooms, tenant)
+    headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{tenant}.safetensors"'}
+    return StreamingResponse(parts, media_type=_FILE, headers=headers)
+
+
+@router.post("/import", summary="Import a memory", openapi_extra={"requestBody": _UPLOAD})
+async def import_(request: Request, rooms: RoomsDep, tenant: TenantDep) -> ResetOut:
+    """Replace configuration and memories, or create the tenant, by an exported file; all of it or nothing."""
+    async with _received(request, rooms) as path:
+        record, saved = await snapshots.bring_in(rooms, tenant, path)
+    return _told(tenant, record.stamp, saved)
+
+
+@asynccontextmanager
+async def _received(request: Request, rooms: Rooms) -> AsyncIterator[Path]:
+    """Hold the request's body as a file; one at a time, so that they do not fill the disk together."""
+    if rooms.dock.locked():
+        raise QueueFull("Another memory is being imported.", retry_after_s=5.0)
+    async with rooms.dock:
+        with TemporaryDirectory(prefix="dmn-import-") as folder:
+            path = Path(folder) / "memory.safetensors"
+            with path.open("wb") as file:
+                async for part in request.stream():
+                    file.write(part)
+            yield path
+
+
+def _told(tenant: str, stamp: Stamp, saved: SnapshotInfo | None) -> ResetOut:
+    return ResetOut(tenant=tenant, memory=stamp_out(stamp), snapshot=None if saved is None else SnapshotOut.of(saved))

@@ -94,7 +94,7 @@ async def _answer(
             tenant=call.tenant,
             model=rooms.encoder.name,
             predictions=[_told(result, top_k) for result in results],
-            memory=stamp_out(latest),
+            memory=stamp_out(latest, stale=any(reading.stale for reading in readings)),
         )
         return json_answer(told, digest, final=is_final(results))
 

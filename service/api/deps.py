@@ -61,14 +61,16 @@ LimitDep = Annotated[int, Query(ge=1, le=1000, description="items a page")]
 CursorDep = Annotated[str | None, Query(description="`next` of the page before")]
 
 
-def stamp_out(stamp: Stamp) -> StampOut:
+def stamp_out(stamp: Stamp, *, stale: bool = False) -> StampOut:
     """Return where a memory is, as answers say it."""
-    return StampOut(version=stamp.version, epoch=stamp.epoch, state="fresh")
+    return StampOut(version=stamp.version, epoch=stamp.epoch, state="stale" if stale else "fresh")
 
 
-def json_answer(model: BaseModel, digest: str, status: int = 200, *, final: bool = True) -> Remembered:
+def json_answer(
+    model: BaseModel, digest: str, status: int = 200, *, final: bool = True, exclude_none: bool = False
+) -> Remembered:
     """Return a model as an answer that can be kept, if it is `final`."""
-    body = model.model_dump_json().encode()
+    body = model.model_dump_json(exclude_none=exclude_none).encode()
     return Remembered(digest=digest, status=status, media_type="application/json", body=body, final=final)
 
 

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from time import perf_counter
 from uuid import uuid4
 
@@ -24,16 +25,29 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST_LENGTH = 18
 _GRACE_S = 0.25
+_LARGE = 10
+"""A body that goes to disk may take so many deadlines to arrive."""
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _NOT_LOGGED = frozenset(("/livez", "/readyz", "/metrics"))
 
 
 class Porch:
-    """ASGI middleware; `metrics` are looked up for each request, since the rooms open after the app is made."""
+    """ASGI middleware; `metrics` are looked up for each request, since the rooms open after the app is made.
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_inflight_bytes: int, deadline_s: float) -> None:
+    `to_disk` names the paths whose bodies are not held in memory, and their own limits in bytes.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        max_inflight_bytes: int,
+        deadline_s: float,
+        to_disk: Mapping[str, int],
+    ) -> None:
         self._app, self._max_body_bytes, self._max_inflight_bytes = app, max_body_bytes, max_inflight_bytes
-        self._inflight_bytes, self._deadline_s = 0, deadline_s
+        self._inflight_bytes, self._deadline_s, self._to_disk = 0, deadline_s, to_disk
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let one request through."""
@@ -56,11 +70,13 @@ class Porch:
             logs.request_id.reset(token)
 
     async def _let_in(self, scope: Scope, receive: Receive, visit: _Visit) -> None:
-        if _length(Headers(scope=scope)) > self._max_body_bytes:
+        body = _Body(
+            limit=self._to_disk.get(scope["path"], self._max_body_bytes), in_memory=scope["path"] not in self._to_disk
+        )
+        if _length(Headers(scope=scope)) > body.limit:
             _metrics(scope).rejected.labels("body-too-large").inc()
-            await problem_response(problem("body-too-large", self._too_large()))(scope, receive, visit.send)
+            await problem_response(problem("body-too-large", _too_large(body)))(scope, receive, visit.send)
             return
-        body = _Body()
         try:
             async with asyncio.timeout(_patience_s(Headers(scope=scope))):
                 await self._app(scope, self._bounded(receive, body), visit.send)
@@ -68,11 +84,12 @@ class Porch:
             late = problem("deadline-exceeded", "The deadline passed before the call was answered.")
             await problem_response(late)(scope, receive, visit.send)
         finally:
-            self._inflight_bytes -= body.seen
+            self._inflight_bytes -= body.seen * body.in_memory
 
     def _bounded(self, receive: Receive, body: _Body) -> Receive:
         """Count the body as it comes, whatever its length was said to be, by itself and with all others."""
-        arrives_by = asyncio.get_running_loop().time() + self._deadline_s
+        patience_s = self._deadline_s * (1 if body.in_memory else _LARGE)
+        arrives_by = asyncio.get_running_loop().time() + patience_s
 
         async def bounded() -> Message:
             try:
@@ -83,18 +100,15 @@ class Porch:
             body.whole = not message.get("more_body", False)
             size = len(message.get("body", b""))
             body.seen += size
-            self._inflight_bytes += size
+            self._inflight_bytes += size * body.in_memory
             # HTTPException is the one that FastAPI's own body parsing lets through.
-            if body.seen > self._max_body_bytes:
-                raise HTTPException(413, self._too_large())
+            if body.seen > body.limit:
+                raise HTTPException(413, _too_large(body))
             if self._inflight_bytes > self._max_inflight_bytes:
                 raise HTTPException(503, "Too many bodies are being answered at once.")
             return message
 
         return bounded
-
-    def _too_large(self) -> str:
-        return f"The body has more than the {self._max_body_bytes} bytes that are allowed."
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         route = _route(scope)
@@ -106,11 +120,18 @@ class Porch:
             logs.event(logs.REQUEST, method=method, route=route, status=status, ms=round(1000 * seconds, 1))
 
 
+@dataclass(slots=True)
 class _Body:
-    """How much of a body has come."""
+    """How much of a body has come, and may come."""
 
-    seen = 0
-    whole = False
+    limit: int
+    in_memory: bool
+    seen: int = 0
+    whole: bool = False
+
+
+def _too_large(body: _Body) -> str:
+    return f"The body has more than the {body.limit} bytes that are allowed."
 
 
 class _Visit:

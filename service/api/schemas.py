@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,7 @@ from core.fusion import DEFAULT_WEIGHTS
 from core.prompts import DEFAULT_TEMPLATES
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS
 
+from ..stores.base import Job, SnapshotInfo
 from ..tenants import ClassSpec, Retention, TenantConfig
 
 
@@ -102,6 +104,76 @@ class Problem(_Out):
     retry_after: float | None = None
 
 
+class JobOut(_Out):
+    """Long work in the background; `progress` from 0 to 1, `eta_s` in seconds, `error` a problem."""
+
+    id: str
+    kind: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    progress: float
+    eta_s: float | None
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+    @staticmethod
+    def of(job: Job) -> JobOut:
+        """Return what a caller sees of a job."""
+        return JobOut(
+            id=job.id,
+            kind=job.kind,
+            state=job.state.value,
+            progress=job.progress,
+            eta_s=job.eta_s,
+            result=None if job.result is None else dict(job.result),
+            error=None if job.error is None else dict(job.error),
+        )
+
+
+class JobListOut(_Out):
+    """A page of a tenant's latest jobs, the newest first."""
+
+    items: list[JobOut]
+    next: str | None
+
+
+class SnapshotOut(_Out):
+    """A snapshot: when and why it was taken, what it holds, and where the memory was then."""
+
+    id: str
+    created: str
+    reason: str
+    fingerprint: str
+    epoch: int
+    version: int
+    classes: int
+    slots: int
+    shots: int
+    bytes: int
+
+    @staticmethod
+    def of(info: SnapshotInfo) -> SnapshotOut:
+        """Return what a caller sees of a snapshot."""
+        return SnapshotOut(
+            id=info.id,
+            created=datetime.fromtimestamp(info.created, UTC).isoformat(timespec="seconds"),
+            reason=info.reason,
+            fingerprint=info.fingerprint,
+            epoch=info.stamp.epoch,
+            version=info.stamp.version,
+            classes=info.classes,
+            slots=info.slots,
+            shots=info.shots,
+            bytes=info.bytes,
+        )
+
+
+class SnapshotListOut(_Out):
+    """A page of snapshots, the newest first."""
+
+    items: list[SnapshotOut]
+    next: str | None
+
+
 class ClassOut(_Out):
     """A class of a tenant."""
 
@@ -110,7 +182,7 @@ class ClassOut(_Out):
 
 
 class TenantOut(_Out):
-    """A tenant and what it decided for itself."""
+    """A tenant and what it decided for itself; `job` does what its memory still needs after a change."""
 
     tenant: str
     classes: list[ClassOut]
@@ -120,9 +192,10 @@ class TenantOut(_Out):
     weights: tuple[float, float, float]
     learn: bool
     retention: Retention
+    job: JobOut | None = None
 
     @staticmethod
-    def of(name: str, config: TenantConfig) -> TenantOut:
+    def of(name: str, config: TenantConfig, job: Job | None = None) -> TenantOut:
         """Return what a caller is shown of a tenant."""
         return TenantOut(
             tenant=name,
@@ -133,6 +206,7 @@ class TenantOut(_Out):
             weights=config.weights,
             learn=config.learn,
             retention=config.retention,
+            job=None if job is None else JobOut.of(job),
         )
 
 
@@ -312,10 +386,11 @@ class MemoryOut(_Out):
 
 
 class ResetOut(_Out):
-    """Where the memory is after a reset."""
+    """Where the memory is after a reset, a restore or an import; `snapshot` keeps what it was before."""
 
     tenant: str
     memory: StampOut
+    snapshot: SnapshotOut | None
 
 
 class CheckOut(_Out):

@@ -23,15 +23,20 @@ async def list_tenants(rooms: RoomsDep, limit: LimitDep = 100, cursor: CursorDep
     return TenantsOut(items=[TenantNameOut(tenant=name) for name in names[:limit]], next=more)
 
 
-@router.put("/{tenant}", summary="Create or replace a tenant", responses={201: {"model": TenantOut}})
+@router.put(
+    "/{tenant}",
+    summary="Create or replace a tenant",
+    responses={201: {"model": TenantOut}},
+    response_model_exclude_none=True,
+)
 async def put_tenant(rooms: RoomsDep, tenant: str, body: TenantIn, response: Response) -> TenantOut:
     """Create a tenant (201) or replace its configuration (200); classes that stay keep their memories."""
-    record, created = await adapt.put_tenant(rooms, tenant, body.config())
-    response.status_code = 201 if created else 200
-    return TenantOut.of(record.name, record.config)
+    changed = await adapt.put_tenant(rooms, tenant, body.config())
+    response.status_code = 201 if changed.created else 200
+    return _told(changed)
 
 
-@router.get("/{tenant}", summary="Look at a tenant")
+@router.get("/{tenant}", summary="Look at a tenant", response_model_exclude_none=True)
 async def get_tenant(rooms: RoomsDep, tenant: str) -> TenantOut:
     """Return a tenant's configuration."""
     record = await rooms.archive.record(named_tenant(tenant, None))
@@ -53,8 +58,9 @@ async def add_classes(
     digest = digest_of(("classes", body.model_dump_json()))
 
     async def once() -> Remembered:
-        record = await adapt.add_classes(rooms, name, specs(body.classes))
-        return json_answer(TenantOut.of(record.name, record.config), digest, 201)
+        return json_answer(
+            _told(await adapt.add_classes(rooms, name, specs(body.classes))), digest, 201, exclude_none=True
+        )
 
     return response_of(await ledger.once(name, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
 
@@ -63,3 +69,7 @@ async def add_classes(
 async def remove_class(rooms: RoomsDep, tenant: str, name: str) -> None:
     """Remove a class while running; the others keep their memories."""
     await adapt.remove_class(rooms, named_tenant(tenant, None), name)
+
+
+def _told(changed: adapt.Changed) -> TenantOut:
+    return TenantOut.of(changed.record.name, changed.record.config, changed.job)

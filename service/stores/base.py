@@ -9,9 +9,12 @@ the store to what it holds at that moment, so any number of workers converge wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import sha1
+from typing import Any, Protocol
 
 from core.dynamic import Outcome
 
@@ -36,18 +39,60 @@ class StoredSlot:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoredBank:
+    """A class's dynamic slots by columns, the surest first: a thousand banks are read without an object a slot.
+
+    `features` holds the slots' features one after the other.
+    """
+
+    ids: tuple[str, ...] = ()
+    entropies: tuple[float, ...] = ()
+    features: bytes = b""
+
+    @staticmethod
+    def of(slots: Iterable[StoredSlot]) -> StoredBank:
+        """Return the bank of some slots, in the order of (entropy, id)."""
+        own = sorted(slots, key=lambda slot: (slot.entropy, slot.id))
+        return StoredBank(
+            ids=tuple(slot.id for slot in own),
+            entropies=tuple(slot.entropy for slot in own),
+            features=b"".join(slot.feature for slot in own),
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[StoredSlot]:
+        size = len(self.features) // max(1, len(self.ids))
+        for at, (id_, entropy) in enumerate(zip(self.ids, self.entropies, strict=True)):
+            yield StoredSlot(id=id_, entropy=entropy, feature=self.features[at * size : (at + 1) * size])
+
+    def best(self, slots: int) -> StoredBank:
+        """Return the surest ones, so many at most."""
+        size = len(self.features) // max(1, len(self.ids))
+        return StoredBank(
+            ids=self.ids[:slots], entropies=self.entropies[:slots], features=self.features[: slots * size]
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StoredShot:
-    """One shot of a class: id, the feature's bytes, and the image's own where the tenant keeps images."""
+    """One shot of a class: id, the feature's bytes, and the image's own where the tenant keeps images.
+
+    The feature is empty while a shot waits to be read by another encoder than it came with. `kept` is the size of an
+    image that the store holds and that was not read along.
+    """
 
     id: str
     class_id: str
     feature: bytes
     image: bytes | None = None
+    kept: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes that count against the tenant's limit."""
-        return len(self.feature) + len(self.image or b"")
+        return len(self.feature) + (self.kept if self.image is None else len(self.image))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,23 +138,29 @@ class Pushed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantRecord:
-    """A tenant's configuration, the fingerprint that its features were made with, and its stamp."""
+    """A tenant's configuration, where its features come from, and its stamp.
+
+    `origin` says in words what `fingerprint` is a hash of; `labelling` is the labelling version that the dynamic slots
+    were scored under.
+    """
 
     name: str
     config: TenantConfig
     fingerprint: str
     stamp: Stamp
+    labelling: str
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMemory:
-    """Everything of one tenant, read at one moment; slots and shots by class id.
+    """Everything of one tenant, read at one moment; slots and shots by class id, shots in the order of their ids.
 
-    `barred` are the class and slot ids that were purged in this epoch and may not come back.
+    `barred` are the class and slot ids that were purged and may not come back until their class is emptied.
     """
 
     record: TenantRecord
-    slots: Mapping[str, tuple[StoredSlot, ...]]
+    slots: Mapping[str, StoredBank]
     shots: Mapping[str, tuple[StoredShot, ...]]
     barred: frozenset[tuple[str, str]] = frozenset()
 
@@ -126,6 +177,62 @@ class Remembered:
     media_type: str
     body: bytes
     final: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SnapshotInfo:
+    """What is known of a snapshot without reading it: when and why it was taken, and what it holds.
+
+    `created` is wall time in seconds. One that people asked for has the reason `manual` and stays until they drop it.
+    """
+
+    id: str
+    created: float
+    reason: str
+    fingerprint: str
+    stamp: Stamp
+    classes: int
+    slots: int
+    shots: int
+    bytes: int
+
+    @property
+    def automatic(self) -> bool:
+        """Whether it was taken without being asked for, and may go when there are enough younger ones."""
+        return self.reason != "manual"
+
+
+class JobState(StrEnum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Long work for a tenant, as the process that does it last said; times are wall time in seconds.
+
+    `progress` goes from 0 to 1; `result` is what it made, `error` the problem that ended it.
+    """
+
+    id: str
+    kind: str
+    state: JobState
+    created: float
+    updated: float
+    progress: float = 0.0
+    eta_s: float | None = None
+    result: Mapping[str, Any] | None = None
+    error: Mapping[str, Any] | None = None
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will happen."""
+        return self.state not in (JobState.QUEUED, JobState.RUNNING)
 
 
 class ReloadNeeded(Exception):
@@ -145,8 +252,11 @@ class MemoryStore(Protocol):
     async def names(self, *, after: str, limit: int) -> Sequence[str]:
         """Return up to `limit` tenant names after a name, in order."""
 
-    async def load(self, tenant: str) -> StoredMemory | None:
-        """Return everything of a tenant, or None."""
+    async def load(self, tenant: str, *, images: bool = False) -> StoredMemory | None:
+        """Return everything of a tenant, or None; the shots' images only if asked for."""
+
+    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | None]:
+        """Return where each of some tenants is, in one round trip; None for one that is not there."""
 
     async def replace(
         self,
@@ -155,14 +265,23 @@ class MemoryStore(Protocol):
         fingerprint: str,
         *,
         expected: Stamp | None,
-        slots: Mapping[str, Iterable[StoredSlot]],
+        exact: bool = False,
+        labelling: str,
+        origin: Mapping[str, str],
+        slots: Mapping[str, StoredBank] | None = None,
+        barred: Iterable[tuple[str, str]] = (),
+        shots: Iterable[StoredShot] | None = None,
     ) -> Stamp:
-        """Create a tenant (`expected` None) or replace its configuration and dynamic slots at once.
+        """Create a tenant (`expected` None) or replace its configuration and what is given of its memories, at once.
 
-        Shots of classes that the configuration lacks are removed.
+        What is not given stays, except slots and shots of classes that the configuration lacks, and what was made
+        with another fingerprint: slots go, and of the shots those stay, without a feature, whose image is kept. With
+        slots come the ids that are barred from their classes; one that has a slot is not.
+        Readers see everything before or everything after.
 
         Raises:
-            Conflict: the tenant is not at `expected`.
+            Conflict: something has changed since `expected`, other than slots that were written; or, if it has to be
+                `exact`, anything at all. Nothing was changed.
         """
 
     async def delete(self, tenant: str) -> bool:
@@ -183,10 +302,17 @@ class MemoryStore(Protocol):
         """
 
     async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
-        """Add shots; one whose id is there already changes nothing.
+        """Add shots; one whose id is there already changes nothing, unless it waits for its feature.
 
         Raises:
             ReloadNeeded: the stamp is of another epoch; nothing was written.
+        """
+
+    async def images(self, tenant: str, at: Stamp, shots: Sequence[StoredShot]) -> Sequence[bytes | None]:
+        """Return the images of some shots, None where none is kept.
+
+        Raises:
+            ReloadNeeded: the tenant is in another epoch than `at`.
         """
 
     async def remove_shots(self, tenant: str, ids: Sequence[str]) -> int:
@@ -196,7 +322,35 @@ class MemoryStore(Protocol):
         """Empty one or both memories, of some classes or of all, in a new epoch; None if there is no such tenant."""
 
     async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
-        """Remove one dynamic slot for as long as this epoch lasts; return whether it was there."""
+        """Remove one dynamic slot, and bar its id until its class is emptied; return whether it was there."""
+
+    async def digests(self, tenant: str, at: Stamp, class_ids: Sequence[str]) -> Mapping[str, str]:
+        """Return `digest_of` the dynamic slots of some classes.
+
+        Raises:
+            ReloadNeeded: the tenant is not at this stamp.
+        """
+
+    async def keep_snapshot(self, tenant: str, info: SnapshotInfo, parts: Iterable[bytes]) -> bool:
+        """Keep a snapshot's file, part by part; it is there once it is whole. False if there is no such tenant."""
+
+    async def snapshots(self, tenant: str) -> Sequence[SnapshotInfo]:
+        """Return what snapshots a tenant has, the oldest first."""
+
+    async def read_snapshot(self, tenant: str, id_: str, part: int) -> bytes | None:
+        """Return one part of a snapshot's file, counted from 0; None after the last, and of one that is not there."""
+
+    async def drop_snapshot(self, tenant: str, id_: str) -> bool:
+        """Remove a snapshot; return whether it was there."""
+
+    async def note_job(self, tenant: str, job: Job) -> bool:
+        """Write down how a job stands; False, and nothing is written, if it is over or its tenant is gone."""
+
+    async def jobs(self, tenant: str) -> Sequence[Job]:
+        """Return a tenant's latest jobs, the oldest first."""
+
+    async def claim(self, tenant: str, what: str, seconds: float) -> bool:
+        """Return whether the caller is the one to do something that is enough to be done once in so many seconds."""
 
     async def recall(self, tenant: str, key: str) -> Remembered | None:
         """Return the answer kept for an idempotency key, or None."""
@@ -213,3 +367,9 @@ class MemoryStore(Protocol):
 
     async def aclose(self) -> None:
         """Let go of connections."""
+
+
+def digest_of(ids: Sequence[str], entropies: Sequence[float]) -> str:
+    """Return a hash of a bank's slots in the order of (entropy, id): two copies agree if their hashes do."""
+    text = b"".join(struct.pack(">d", entropy) + id_.encode() for id_, entropy in zip(ids, entropies, strict=True))
+    return sha1(text, usedforsecurity=False).hexdigest()

@@ -9,7 +9,11 @@ TENANTS = "dmn:tenants"
 
 
 class Keys:
-    """The keys of one tenant."""
+    """The keys of one tenant.
+
+    A *bank* holds all dynamic slots, a *pile* all shots. Each has a number, that of the epoch that it was written for;
+    the configuration names the ones that are read.
+    """
 
     __slots__ = ("_root",)
 
@@ -18,12 +22,12 @@ class Keys:
 
     @property
     def config(self) -> str:
-        """Hash: format, name, configuration, fingerprint, epoch, bank, version, settled, slots."""
+        """Hash: format, name, config, fingerprint, origin, labelling, epoch, bank, pile, version, settled, slots."""
         return f"{self._root}:cfg"
 
     @property
     def epochs(self) -> str:
-        """Counter of epochs and banks; it outlives the tenant, so that no epoch comes twice."""
+        """Counter of epochs; it outlives the tenant, so that no epoch comes twice."""
         return f"{self._root}:epochs"
 
     @property
@@ -32,14 +36,9 @@ class Keys:
         return f"{self._root}:log"
 
     @property
-    def tombstones(self) -> str:
-        """Set of `class id/slot id` that were purged in this epoch."""
-        return f"{self._root}:tomb"
-
-    @property
-    def shots(self) -> tuple[str, str, str]:
-        """Hashes by shot id: class id, feature bytes, image bytes."""
-        return f"{self._root}:static:class", f"{self._root}:static:feature", f"{self._root}:static:image"
+    def written(self) -> str:
+        """Hash of the banks and piles that have keys: `b<number>` -> ids of its classes, `s<number>` -> nothing."""
+        return f"{self._root}:written"
 
     @property
     def answers(self) -> tuple[str, str, str, str]:
@@ -48,16 +47,33 @@ class Keys:
         return f"{root}:body", f"{root}:head", f"{root}:ends", f"{root}:bytes"
 
     @property
-    def banks(self) -> str:
-        """Set of the banks that have keys, the present one and those to be swept."""
-        return f"{self._root}:banks"
+    def snapshots(self) -> str:
+        """Hash of the snapshots that are whole: id -> what is known of it (JSON)."""
+        return f"{self._root}:snaps"
 
-    def classes(self, bank: int) -> str:
-        """Set of the class ids that have keys in a bank."""
-        return f"{self._root}:b{bank}:classes"
+    @property
+    def jobs(self) -> str:
+        """Hash of the latest jobs: id -> how it stands (JSON)."""
+        return f"{self._root}:jobs"
+
+    def snapshot(self, id_: str) -> str:
+        """Hash of a snapshot's file: number of the part, from 0 -> bytes."""
+        return f"{self._root}:snap:{id_}"
+
+    def claim(self, what: str) -> str:
+        """Return the key that is there while someone sees to something."""
+        return f"{self._root}:claim:{what}"
+
+    def shots(self, pile: int) -> tuple[str, str, str]:
+        """Hashes by shot id: class id and size of the image, feature bytes, image bytes."""
+        root = f"{self._root}:s{pile}"
+        return f"{root}:class", f"{root}:feature", f"{root}:image"
 
     def slots(self, bank: int, class_id: str) -> tuple[str, str]:
-        """Return a class's entropies (sorted set) and features (hash), by slot id."""
+        """Return a class's entropies (sorted set) and features (hash), by slot id.
+
+        An id that has a feature, an empty one, and no entropy is barred: its slot was purged.
+        """
         return f"{self._root}:b{bank}:z:{class_id}", f"{self._root}:b{bank}:h:{class_id}"
 
     def every_slot(self, bank: int, class_ids: Iterable[str]) -> list[str]:

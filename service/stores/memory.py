@@ -12,21 +12,29 @@ from ..tenants import TenantConfig
 from .base import (
     Change,
     Conflict,
+    Job,
     PushCandidate,
     Pushed,
     ReloadNeeded,
     Remembered,
+    SnapshotInfo,
     Stamp,
+    StoredBank,
     StoredMemory,
     StoredShot,
     StoredSlot,
     Synced,
     TenantRecord,
     Verdict,
+    digest_of,
 )
 
 LOG_LENGTH = 2048
 """Slot changes kept for workers that are behind; one further behind loads anew."""
+
+
+JOBS = 50
+"""Jobs of a tenant that are remembered."""
 
 
 @dataclass(slots=True)
@@ -39,6 +47,8 @@ class _Held:
     barred: set[tuple[str, str]] = field(default_factory=set)
     log: deque[tuple[int, Change]] = field(default_factory=lambda: deque(maxlen=LOG_LENGTH))
     settled: int = 0
+    snapshots: dict[str, tuple[SnapshotInfo, tuple[bytes, ...]]] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
 
 
 class InProcessStore:
@@ -48,6 +58,8 @@ class InProcessStore:
         self._tenants: dict[str, _Held] = {}
         self._answers = _Answers(clock, remember_s, remember_bytes)
         self._epochs: dict[str, int] = {}
+        self._clock = clock
+        self._claims: dict[tuple[str, str], float] = {}
 
     async def get(self, tenant: str) -> TenantRecord | None:
         held = self._tenants.get(tenant)
@@ -56,19 +68,24 @@ class InProcessStore:
     async def names(self, *, after: str, limit: int) -> Sequence[str]:
         return sorted(name for name in self._tenants if name > after)[:limit]
 
-    async def load(self, tenant: str) -> StoredMemory | None:
+    async def load(self, tenant: str, *, images: bool = False) -> StoredMemory | None:
         held = self._tenants.get(tenant)
         if held is None:
             return None
         shots: dict[str, list[StoredShot]] = {}
-        for shot in held.shots.values():
-            shots.setdefault(shot.class_id, []).append(shot)
+        for _, shot in sorted(held.shots.items()):
+            own = shot if images else replace(shot, image=None, kept=len(shot.image or b""))
+            shots.setdefault(shot.class_id, []).append(own)
         return StoredMemory(
             record=held.record,
-            slots={class_id: tuple(bank.values()) for class_id, bank in held.slots.items()},
+            slots={class_id: StoredBank.of(bank.values()) for class_id, bank in held.slots.items()},
             shots={class_id: tuple(own) for class_id, own in shots.items()},
             barred=frozenset(held.barred),
         )
+
+    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | None]:
+        found = (self._tenants.get(tenant) for tenant in tenants)
+        return [None if held is None else held.record.stamp for held in found]
 
     async def replace(
         self,
@@ -77,17 +94,39 @@ class InProcessStore:
         fingerprint: str,
         *,
         expected: Stamp | None,
-        slots: Mapping[str, Iterable[StoredSlot]],
+        exact: bool = False,
+        labelling: str,
+        origin: Mapping[str, str],
+        slots: Mapping[str, StoredBank] | None = None,
+        barred: Iterable[tuple[str, str]] = (),
+        shots: Iterable[StoredShot] | None = None,
     ) -> Stamp:
         held = self._tenants.get(tenant)
-        if (held.record.stamp if held else None) != expected:
+        if _moved_on(held, expected, exact=exact):
             raise Conflict(tenant)
+        stay = {spec.id for spec in config.classes}
         stamp = self._new_epoch(tenant, held)
-        record = TenantRecord(name=tenant, config=config, fingerprint=fingerprint, stamp=stamp)
-        kept = {spec.id for spec in config.classes}
-        shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id in kept} if held else {}
-        banks = {class_id: {slot.id: slot for slot in bank} for class_id, bank in slots.items() if class_id in kept}
-        self._tenants[tenant] = _Held(record=record, slots=banks, shots=shots, settled=stamp.version)
+        new = _Held(
+            record=TenantRecord(
+                name=tenant, config=config, fingerprint=fingerprint, origin=origin, labelling=labelling, stamp=stamp
+            ),
+            settled=stamp.version,
+        )
+        same = held is not None and held.record.fingerprint == fingerprint
+        if slots is not None:
+            new.slots = {own: {slot.id: slot for slot in bank} for own, bank in slots.items() if own in stay}
+            new.barred = {(own, id_) for own, id_ in barred if own in stay and id_ not in new.slots.get(own, ())}
+        elif held is not None and same:
+            new.slots = {own: bank for own, bank in held.slots.items() if own in stay}
+            new.barred = {(own, id_) for own, id_ in held.barred if own in stay}
+        if shots is not None:
+            new.shots = {shot.id: shot for shot in shots if shot.class_id in stay}
+        elif held is not None:
+            old = (shot if same else replace(shot, feature=b"") for shot in held.shots.values() if same or shot.image)
+            new.shots = {shot.id: shot for shot in old if shot.class_id in stay}
+        if held is not None:
+            new.snapshots, new.jobs = held.snapshots, held.jobs
+        self._tenants[tenant] = new
         return stamp
 
     async def delete(self, tenant: str) -> bool:
@@ -108,10 +147,18 @@ class InProcessStore:
     async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
         held = self._current(tenant, since)
         new = {shot.id: shot for shot in shots if shot.id not in held.shots}
+        for shot in shots:
+            known = held.shots.get(shot.id)
+            if known is not None and shot.feature and not known.feature:
+                new[shot.id] = replace(known, feature=shot.feature)
         if new:
             held.shots.update(new)
             self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
         return held.record.stamp
+
+    async def images(self, tenant: str, at: Stamp, shots: Sequence[StoredShot]) -> Sequence[bytes | None]:
+        held = self._current(tenant, at)
+        return [held.shots[shot.id].image if shot.id in held.shots else None for shot in shots]
 
     async def remove_shots(self, tenant: str, ids: Sequence[str]) -> int:
         held = self._tenants.get(tenant)
@@ -129,6 +176,7 @@ class InProcessStore:
         named = {spec.id for spec in held.record.config.classes} if class_ids is None else set(class_ids)
         if dynamic:
             held.slots = {class_id: bank for class_id, bank in held.slots.items() if class_id not in named}
+            held.barred = {(class_id, id_) for class_id, id_ in held.barred if class_id not in named}
         if static:
             held.shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id not in named}
         self._settle(held, self._new_epoch(tenant, held))
@@ -140,6 +188,56 @@ class InProcessStore:
             return False
         held.barred.add((class_id, slot))
         self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
+        return True
+
+    async def digests(self, tenant: str, at: Stamp, class_ids: Sequence[str]) -> Mapping[str, str]:
+        held = self._current(tenant, at)
+        if held.record.stamp != at:
+            raise ReloadNeeded(tenant)
+        banks = {own: StoredBank.of(held.slots.get(own, {}).values()) for own in class_ids}
+        return {own: digest_of(bank.ids, bank.entropies) for own, bank in banks.items()}
+
+    async def keep_snapshot(self, tenant: str, info: SnapshotInfo, parts: Iterable[bytes]) -> bool:
+        held = self._tenants.get(tenant)
+        if held is None:
+            return False
+        held.snapshots[info.id] = info, tuple(parts)
+        return True
+
+    async def snapshots(self, tenant: str) -> Sequence[SnapshotInfo]:
+        held = self._tenants.get(tenant)
+        infos = [] if held is None else [info for info, _ in held.snapshots.values()]
+        return sorted(infos, key=lambda info: (info.created, info.id))
+
+    async def read_snapshot(self, tenant: str, id_: str, part: int) -> bytes | None:
+        held = self._tenants.get(tenant)
+        if held is None or id_ not in held.snapshots:
+            return None
+        parts = held.snapshots[id_][1]
+        return parts[part] if part < len(parts) else None
+
+    async def drop_snapshot(self, tenant: str, id_: str) -> bool:
+        held = self._tenants.get(tenant)
+        return held is not None and held.snapshots.pop(id_, None) is not None
+
+    async def note_job(self, tenant: str, job: Job) -> bool:
+        held = self._tenants.get(tenant)
+        if held is None or (job.id in held.jobs and held.jobs[job.id].over):
+            return False
+        held.jobs[job.id] = job
+        for old in [known for known in _by_age(held.jobs.values()) if known.over][: max(0, len(held.jobs) - JOBS)]:
+            del held.jobs[old.id]
+        return True
+
+    async def jobs(self, tenant: str) -> Sequence[Job]:
+        held = self._tenants.get(tenant)
+        return [] if held is None else _by_age(held.jobs.values())
+
+    async def claim(self, tenant: str, what: str, seconds: float) -> bool:
+        now, claimed = self._clock(), (tenant, what)
+        if self._claims.get(claimed, now) > now:
+            return False
+        self._claims = {known: ends for known, ends in self._claims.items() if ends > now} | {claimed: now + seconds}
         return True
 
     async def recall(self, tenant: str, key: str) -> Remembered | None:
@@ -167,8 +265,6 @@ class InProcessStore:
 
     def _settle(self, held: _Held, stamp: Stamp) -> None:
         """Move to a stamp by a change that is no slot write: whoever is behind it has to load."""
-        if stamp.epoch != held.record.stamp.epoch:
-            held.barred.clear()
         held.record = replace(held.record, stamp=stamp)
         held.settled = stamp.version
         held.log.clear()
@@ -191,6 +287,14 @@ class InProcessStore:
             return Verdict(outcome=Outcome.REJECTED)
         changes.append(_write(held, Change(class_id=candidate.class_id, slot=slot, evicted=worst.id)))
         return Verdict(outcome=Outcome.REPLACED, evicted=worst.id)
+
+
+def _moved_on(held: _Held | None, expected: Stamp | None, *, exact: bool) -> bool:
+    if held is None or expected is None:
+        return (held is None) != (expected is None)
+    stamp = held.record.stamp
+    latest = stamp.version if exact else held.settled
+    return stamp.epoch != expected.epoch or latest > expected.version
 
 
 def _missed(held: _Held, since: Stamp) -> list[Change]:
@@ -247,6 +351,10 @@ class _Answers:
         found = self._kept.pop(known, None)
         if found is not None:
             self._room += len(found[1].body)
+
+
+def _by_age(jobs: Iterable[Job]) -> list[Job]:
+    return sorted(jobs, key=lambda job: (job.created, job.id))
 
 
 def _order(slot: StoredSlot) -> tuple[float, str]:

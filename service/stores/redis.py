@@ -6,30 +6,35 @@ then switched to, so that no call keeps the server from others for long; banks t
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.asyncio.sentinel import Sentinel
 from redis.exceptions import NoScriptError, RedisError
 
 from core.dynamic import Outcome
 
-from ..errors import FingerprintMismatch, StoreDown
+from ..errors import Contended, FingerprintMismatch
 from ..tenants import TenantConfig
 from .base import (
     Change,
     Conflict,
+    Job,
+    JobState,
     PushCandidate,
     Pushed,
     ReloadNeeded,
     Remembered,
+    SnapshotInfo,
     Stamp,
+    StoredBank,
     StoredMemory,
     StoredShot,
     StoredSlot,
@@ -37,6 +42,7 @@ from .base import (
     TenantRecord,
     Verdict,
 )
+from .connection import check, down
 from .keys import TENANTS, Keys
 
 T = TypeVar("T")
@@ -47,17 +53,31 @@ FORMAT = 1
 """Format of what is stored. A store of another one is refused, and nothing in it is overwritten."""
 
 LOG_LENGTH = 2048
-"""Slot changes kept for workers that are behind; one further behind loads anew."""
-
-OLDEST = (6, 2)
-"""Version that the scripts need."""
+"""Slot changes that `lua/push.lua` keeps for workers that are behind."""
 
 SLICE_BYTES = 1 << 20
 """Read or written in one command, so that the server never stalls."""
 
+JOBS = 50
+"""Jobs of a tenant that are remembered."""
+
 _SWEEP_KEYS = 256
-_RETRY_S = 1.0
+_AHEAD = 4
+_FEATURE_BYTES = 1280
+_UNFINISHED_S = 3600
 _TRIES = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Places:
+    """Numbers of the bank and of the pile that a tenant's memories are read from."""
+
+    bank: int
+    pile: int
+
+    @staticmethod
+    def of(fields: Mapping[bytes, bytes]) -> _Places:
+        return _Places(bank=int(fields[b"bank"]), pile=int(fields[b"pile"]))
 
 
 class RedisStore:
@@ -74,7 +94,7 @@ class RedisStore:
         self._client: Any = client
         self._clock, self._remember_s, self._remember_bytes = clock, remember_s, remember_bytes
         self._scripts = {file.name: file.read_text() for file in files(__package__).joinpath("lua").iterdir()}
-        self._banks: dict[tuple[str, int], int] = {}
+        self._known: dict[tuple[str, int], _Places] = {}
 
     async def get(self, tenant: str) -> TenantRecord | None:
         fields = await self._do(self._client.hgetall(Keys(tenant).config))
@@ -85,16 +105,23 @@ class RedisStore:
         found = await self._do(self._client.zrangebylex(TENANTS, first, "+", start=0, num=limit))
         return [name.decode() for name in found]
 
-    async def load(self, tenant: str) -> StoredMemory | None:
+    async def load(self, tenant: str, *, images: bool = False) -> StoredMemory | None:
         for _ in range(_TRIES):
             fields = await self._do(self._client.hgetall(Keys(tenant).config))
             if not fields:
                 return None
             try:
-                return await self._load(tenant, fields)
+                return await self._load(tenant, _record(fields), _Places.of(fields), images=images)
             except ReloadNeeded:
                 continue  # the tenant began a new life while its slices were read
-        raise _restless()
+        raise Contended
+
+    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | None]:
+        pipeline = self._client.pipeline(transaction=False)
+        for tenant in tenants:
+            pipeline.hmget(Keys(tenant).config, "epoch", "version")
+        found = await self._do(pipeline.execute())
+        return [None if epoch is None else Stamp(epoch=int(epoch), version=int(at)) for epoch, at in found]
 
     async def replace(
         self,
@@ -103,49 +130,76 @@ class RedisStore:
         fingerprint: str,
         *,
         expected: Stamp | None,
-        slots: Mapping[str, Iterable[StoredSlot]],
+        exact: bool = False,
+        labelling: str,
+        origin: Mapping[str, str],
+        slots: Mapping[str, StoredBank] | None = None,
+        barred: Iterable[tuple[str, str]] = (),
+        shots: Iterable[StoredShot] | None = None,
     ) -> Stamp:
         keys = Keys(tenant)
         known = await self._do(self._client.hgetall(keys.config))
         old = _record(known) if known else None
-        if (old.stamp if old else None) != expected:
+        if (old.stamp.epoch if old else None) != (expected.epoch if expected else None):
             raise Conflict(tenant)
         # Before the tenant is there: a name without a tenant harms nobody, a tenant without a name would be lost.
         await self._do(self._client.zadd(TENANTS, {tenant: 0}))
-        epoch = bank = int(await self._do(self._client.incr(keys.epochs)))
-        await self._write_bank(keys, bank, {own: tuple(part) for own, part in slots.items()})
+        epoch = int(await self._do(self._client.incr(keys.epochs)))
+        present = _Places.of(known) if known else _Places(bank=epoch, pile=epoch)
+        old_ids = [spec.id for spec in old.config.classes] if old else []
         stay = {spec.id for spec in config.classes}
-        leaves = [spec.id for spec in old.config.classes if spec.id not in stay] if old else []
+        if old is None or (slots is None and old.fingerprint != fingerprint):
+            slots = slots or {}
+        if old is None:
+            shots = shots or ()
+        if slots is None:
+            await self._note_bank(keys, present.bank, stay.union(old_ids))
+        else:
+            await self._write_bank(keys, epoch, {own: bank for own, bank in slots.items() if own in stay}, stay)
+            await self._bar(keys, epoch, _without_slots(barred, slots, stay))
+        if shots is not None:
+            await self._write_pile(keys, epoch, [shot for shot in shots if shot.class_id in stay])
+        leaves = [own for own in old_ids if own not in stay]
+        bank, pile = "" if slots is None else str(epoch), "" if shots is None else str(epoch)
         at = ("", "") if expected is None else (expected.epoch, expected.version)
-        about = (FORMAT, tenant, config.to_json(), fingerprint, config.slots)
-        version = await self._run(
-            "replace.lua", (keys.config, keys.log, keys.tombstones, *keys.shots), (*at, epoch, bank, *about, *leaves)
-        )
+        about = (FORMAT, tenant, config.to_json(), fingerprint, json.dumps(dict(origin)), labelling, config.slots)
+        touched = (keys.config, keys.log, *keys.shots(present.pile), *keys.every_slot(present.bank, leaves))
+        version = int(await self._run("replace.lua", touched, (*at, int(exact), epoch, bank, pile, *about, *leaves)))
         if version < 0:
-            await self._sweep(keys, [bank])
+            for name in (f"b{epoch}", f"s{epoch}"):
+                await self._remove_written(keys, name)
             raise Conflict(tenant)
-        await self._sweep_before(keys, bank)
+        await self._sweep(keys, epoch, (f"b{bank or present.bank}", f"s{pile or present.pile}"))
         return Stamp(epoch=epoch, version=version)
 
     async def delete(self, tenant: str) -> bool:
         keys = Keys(tenant)
-        gone = await self._run("delete.lua", (keys.config, keys.log, keys.tombstones, *keys.shots, *keys.answers), ())
+        # Before the tenant goes: one of its name that is made meanwhile has a later one.
+        epoch = int(await self._do(self._client.get(keys.epochs)) or 0)
+        told = await self._run(
+            "delete.lua", (keys.config, keys.snapshots, keys.log, keys.jobs, *keys.answers), (FORMAT,)
+        )
+        if told[0] < 0:
+            raise _other_format(tenant)
         await self._do(self._client.zrem(TENANTS, tenant))
-        await self._sweep_before(keys, int(await self._do(self._client.get(keys.epochs)) or 0) + 1)
-        return bool(gone)
+        for id_ in told[1:]:
+            await self._do(self._client.unlink(keys.snapshot(id_.decode())))
+        await self._sweep(keys, epoch + 1)
+        return bool(told[0])
 
     async def sync(self, tenant: str, since: Stamp) -> Synced:
         return (await self.push(tenant, since, ())).synced
 
     async def push(self, tenant: str, since: Stamp, candidates: Sequence[PushCandidate]) -> Pushed:
-        keys, bank = Keys(tenant), await self._bank(tenant, since.epoch)
+        keys = Keys(tenant)
         named = list(dict.fromkeys(candidate.class_id for candidate in candidates))
         number = {class_id: at for at, class_id in enumerate(named, 1)}
-        args: list[str | bytes | float] = [since.epoch, since.version, LOG_LENGTH, len(named), *named]
+        args: list[str | bytes | float] = [f"{since.epoch} {since.version}"]
         for candidate in candidates:
             slot = candidate.slot
-            args += [number[candidate.class_id], slot.id, repr(slot.entropy), slot.feature]
-        touched = (keys.config, keys.log, keys.tombstones, keys.classes(bank), *keys.every_slot(bank, named))
+            args += [number[candidate.class_id], slot.id, struct.pack("<d", slot.entropy), slot.feature]
+        bank = (await self._places(tenant, since.epoch)).bank if named else 0
+        touched = (keys.config, keys.log, *keys.every_slot(bank, named))
         reply = await self._run("push.lua", touched, args)
         if not reply[0]:
             raise ReloadNeeded(tenant)
@@ -158,11 +212,19 @@ class RedisStore:
         keys = Keys(tenant)
         args: list[str | bytes | float] = [since.epoch]
         for shot in shots:
-            args += [shot.id, shot.class_id, shot.feature, shot.image or b""]
-        version = await self._run("shots.lua", (keys.config, keys.log, *keys.shots), args)
+            args += [shot.id, _owner(shot), shot.feature, shot.image or b""]
+        pile = keys.shots((await self._places(tenant, since.epoch)).pile)
+        version = await self._run("shots.lua", (keys.config, keys.log, *pile), args)
         if version < 0:
             raise ReloadNeeded(tenant)
         return Stamp(epoch=since.epoch, version=version)
+
+    async def images(self, tenant: str, at: Stamp, shots: Sequence[StoredShot]) -> Sequence[bytes | None]:
+        key = Keys(tenant).shots((await self._places(tenant, at.epoch)).pile)[2]
+        found: list[bytes | None] = []
+        for part in _weighed(shots, lambda shot: shot.kept):
+            found += await self._do(self._client.hmget(key, [shot.id for shot in part]))
+        return found
 
     async def remove_shots(self, tenant: str, ids: Sequence[str]) -> int:
         removed = await self._remove(tenant, ("ids", *ids))
@@ -181,12 +243,63 @@ class RedisStore:
             fields = await self._do(self._client.hgetall(keys.config))
             if not fields:
                 return False
-            record, bank = _record(fields), int(fields[b"bank"])
-            touched = (keys.config, keys.log, keys.tombstones, *keys.slots(bank, class_id))
-            told = await self._run("purge.lua", touched, (record.stamp.epoch, class_id, slot))
+            epoch, bank = _record(fields).stamp.epoch, _Places.of(fields).bank
+            told = await self._run("purge.lua", (keys.config, keys.log, *keys.slots(bank, class_id)), (epoch, slot))
             if told >= 0:
                 return bool(told)
-        raise _restless()
+        raise Contended
+
+    async def digests(self, tenant: str, at: Stamp, class_ids: Sequence[str]) -> Mapping[str, str]:
+        keys, bank = Keys(tenant), (await self._places(tenant, at.epoch)).bank
+        entropies = [keys.slots(bank, class_id)[0] for class_id in class_ids]
+        told = await self._run("digests.lua", (keys.config, *entropies), (at.epoch, at.version))
+        if len(told) < len(class_ids):
+            raise ReloadNeeded(tenant)
+        return {class_id: digest.decode() for class_id, digest in zip(class_ids, told, strict=True)}
+
+    async def keep_snapshot(self, tenant: str, info: SnapshotInfo, parts: Iterable[bytes]) -> bool:
+        keys, written = Keys(tenant), 0
+        key = keys.snapshot(info.id)
+        for part in parts:
+            await self._do(self._client.hset(key, str(written), part))
+            # One whose writer dies goes by itself.
+            await self._do(self._client.expire(key, _UNFINISHED_S))
+            written += 1
+        head = json.dumps({"format": FORMAT, **asdict(info)})
+        return bool(await self._run("keep.lua", (keys.config, keys.snapshots, key), (info.id, head, written)))
+
+    async def snapshots(self, tenant: str) -> Sequence[SnapshotInfo]:
+        heads = await self._do(self._client.hvals(Keys(tenant).snapshots))
+        return sorted((_snapshot_info(head) for head in heads), key=lambda info: (info.created, info.id))
+
+    async def read_snapshot(self, tenant: str, id_: str, part: int) -> bytes | None:
+        found: bytes | None = await self._do(self._client.hget(Keys(tenant).snapshot(id_), str(part)))
+        return found
+
+    async def drop_snapshot(self, tenant: str, id_: str) -> bool:
+        keys = Keys(tenant)
+        there = await self._do(self._client.hdel(keys.snapshots, id_))
+        await self._do(self._client.unlink(keys.snapshot(id_)))
+        return bool(there)
+
+    async def note_job(self, tenant: str, job: Job) -> bool:
+        keys = Keys(tenant)
+        told = await self._run(
+            "job.lua", (keys.config, keys.jobs), (job.id, json.dumps({"format": FORMAT, **asdict(job)}))
+        )
+        if told > JOBS:
+            over = [known.id for known in await self.jobs(tenant) if known.over][: told - JOBS]
+            if over:
+                await self._do(self._client.hdel(keys.jobs, *over))
+        return bool(told)
+
+    async def jobs(self, tenant: str) -> Sequence[Job]:
+        found = await self._do(self._client.hvals(Keys(tenant).jobs))
+        return sorted((_job(text) for text in found), key=lambda job: (job.created, job.id))
+
+    async def claim(self, tenant: str, what: str, seconds: float) -> bool:
+        lasts = max(1, round(1000 * seconds))
+        return bool(await self._do(self._client.set(Keys(tenant).claim(what), 1, nx=True, px=lasts)))
 
     async def recall(self, tenant: str, key: str) -> Remembered | None:
         bodies, heads, ends, _ = Keys(tenant).answers
@@ -211,92 +324,112 @@ class RedisStore:
         """Return if the server is fit to keep memories.
 
         Raises:
-            StoreDown: it does not answer, is too old, or may drop what it holds; says which.
+            StoreDown: it is not; says why.
         """
-        about = await self._do(self._client.info("server"))
-        about = about if "redis_version" in about else next(iter(about.values()))
-        version = str(about["redis_version"])
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
-            raise StoreDown(f"The store is version {version}; {OLDEST[0]}.{OLDEST[1]} or newer is needed.")
-        memory = await self._do(self._client.info("memory"))
-        memory = memory if "maxmemory_policy" in memory else next(iter(memory.values()))
-        if memory["maxmemory_policy"] != "noeviction":
-            raise StoreDown(
-                f"The store's maxmemory-policy is {memory['maxmemory_policy']}: it would drop memories without a word. "
-                "Set it to noeviction."
-            )
+        await check(self._client)
 
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def _load(self, tenant: str, fields: Mapping[bytes, bytes]) -> StoredMemory:
-        keys, record = Keys(tenant), _record(fields)
-        bank, epoch = int(fields[b"bank"]), record.stamp.epoch
-        slots: dict[str, dict[str, StoredSlot]] = {}
-        for part in _parts([spec.id for spec in record.config.classes], self._classes_a_slice(record)):
-            reply = await self._run("banks.lua", (keys.config, *keys.every_slot(bank, part)), (epoch,))
-            if not reply[0]:
-                raise ReloadNeeded(tenant)
-            for class_id, entropies, features in zip(part, reply[1::2], reply[2::2], strict=True):
-                slots[class_id] = _slots(entropies, features)
-        shots = await self._shots(keys)
-        barred = [entry.decode().split("/", 1) for entry in await self._do(self._client.smembers(keys.tombstones))]
+    async def _load(self, tenant: str, record: TenantRecord, places: _Places, *, images: bool) -> StoredMemory:
+        keys, epoch = Keys(tenant), record.stamp.epoch
+        slots: dict[str, StoredBank] = {}
+        barred: set[tuple[str, str]] = set()
+        slices = list(_parts([spec.id for spec in record.config.classes], _classes_a_slice(record)))
+        for few in _parts(slices, _AHEAD):
+            # A few at once: the server gathers one while another is on its way and a third is taken apart here.
+            calls = [(keys.config, *keys.every_slot(places.bank, part)) for part in few]
+            replies = await asyncio.gather(*(self._run("banks.lua", touched, (epoch,)) for touched in calls))
+            for part, reply in zip(few, replies, strict=True):
+                if not reply[0]:
+                    raise ReloadNeeded(tenant)
+                for class_id, at in zip(part, range(1, len(reply), 4), strict=True):
+                    slots[class_id] = _bank(*reply[at : at + 3])
+                    barred |= {(class_id, id_) for id_ in reply[at + 3].decode().split()}
+        shots = await self._shots(keys.shots(places.pile), images=images)
         # Slices are read one after the other: what changed meanwhile is in the log, and changing it again is harmless.
         synced = await self.sync(tenant, record.stamp)
-        for change in synced.changes:
-            own = slots.setdefault(change.class_id, {})
-            own.pop(change.evicted or "", None)
-            own[change.slot.id] = change.slot
-        config = TenantRecord(
-            name=record.name, config=record.config, fingerprint=record.fingerprint, stamp=synced.stamp
-        )
         return StoredMemory(
-            record=config,
-            slots={own: tuple(held.values()) for own, held in slots.items()},
+            record=replace(record, stamp=synced.stamp),
+            slots=_changed(slots, synced.changes),
             shots=shots,
-            barred=frozenset((own, id_) for own, id_ in barred),
+            barred=frozenset(barred),
         )
 
-    async def _shots(self, keys: Keys) -> dict[str, tuple[StoredShot, ...]]:
-        classes, features, images = keys.shots
-        owners = await self._do(self._client.hgetall(classes))
+    async def _shots(self, pile: tuple[str, str, str], *, images: bool) -> dict[str, tuple[StoredShot, ...]]:
+        classes, features, pictures = pile
+        owners = {id_: _read_owner(owner) for id_, owner in (await self._do(self._client.hgetall(classes))).items()}
         out: dict[str, list[StoredShot]] = {}
-        for part in _parts(list(owners), _SWEEP_KEYS):
+        for part in _weighed(sorted(owners), lambda id_: _FEATURE_BYTES + images * owners[id_][1]):
             found = await self._do(self._client.hmget(features, part))
-            kept = await self._do(self._client.hmget(images, part))
+            kept = await self._do(self._client.hmget(pictures, part)) if images else [None] * len(part)
             for id_, feature, image in zip(part, found, kept, strict=True):
-                if feature is None:
-                    continue  # removed since the ids were read; the epoch that it began is noticed by the sync
-                shot = StoredShot(id=id_.decode(), class_id=owners[id_].decode(), feature=feature, image=image)
-                out.setdefault(shot.class_id, []).append(shot)
+                # One that was removed since the ids were read has neither; the sync after it notices the new epoch.
+                class_id, size = owners[id_]
+                shot = StoredShot(
+                    id=id_.decode(), class_id=class_id, feature=feature or b"", image=image, kept=0 if image else size
+                )
+                out.setdefault(class_id, []).append(shot)
         return {own: tuple(held) for own, held in out.items()}
 
-    def _classes_a_slice(self, record: TenantRecord) -> int:
-        # A feature of 1280 entries has 2.5 KB; how large ours are is not known before the first is read.
-        return max(1, SLICE_BYTES // (max(1, record.config.slots) * 2600))
+    async def _write_bank(
+        self, keys: Keys, number: int, slots: Mapping[str, StoredBank], classes: Collection[str]
+    ) -> None:
+        await self._note_bank(keys, number, classes)
+        commands: list[tuple[str | bytes | float, ...]] = []
+        waiting = 0
+        for class_id, bank in slots.items():
+            z, h = keys.slots(number, class_id)
+            for part in _weighed(list(bank), lambda slot: len(slot.feature)):
+                commands.append(("ZADD", z, *(value for slot in part for value in (repr(slot.entropy), slot.id))))
+                commands.append(("HSET", h, *(value for slot in part for value in (slot.id, slot.feature))))
+                waiting += sum(len(slot.feature) for slot in part)
+                if waiting >= SLICE_BYTES:
+                    await self._together(commands)
+                    commands, waiting = [], 0
+        await self._together(commands)
 
-    async def _write_bank(self, keys: Keys, bank: int, slots: Mapping[str, Sequence[StoredSlot]]) -> None:
-        await self._do(self._client.sadd(keys.banks, bank))
-        for class_id, own in slots.items():
-            z, h = keys.slots(bank, class_id)
-            for part in _parts(own, max(1, SLICE_BYTES // max(1, len(own[0].feature) if own else 1))):
-                await self._do(self._client.zadd(z, {slot.id: slot.entropy for slot in part}))
-                await self._do(self._client.hset(h, mapping={slot.id: slot.feature for slot in part}))
-            if own:
-                await self._do(self._client.sadd(keys.classes(bank), class_id))
+    async def _bar(self, keys: Keys, number: int, barred: Sequence[tuple[str, str]]) -> None:
+        for part in _parts(barred, _SWEEP_KEYS):
+            await self._together([("HSET", keys.slots(number, own)[1], id_, b"") for own, id_ in part])
 
-    async def _sweep_before(self, keys: Keys, bank: int) -> None:
-        banks = await self._do(self._client.smembers(keys.banks))
-        await self._sweep(keys, sorted(int(old) for old in banks if int(old) < bank))
+    async def _write_pile(self, keys: Keys, number: int, shots: Sequence[StoredShot]) -> None:
+        await self._do(self._client.hset(keys.written, f"s{number}", ""))
+        classes, features, images = keys.shots(number)
+        for part in _weighed(shots, lambda shot: shot.nbytes + _FEATURE_BYTES):
+            commands: list[tuple[str | bytes | float, ...]] = []
+            for shot in part:
+                commands += [("HSET", classes, shot.id, _owner(shot)), ("HSET", features, shot.id, shot.feature)]
+                if shot.image:
+                    commands.append(("HSET", images, shot.id, shot.image))
+            await self._together(commands)
 
-    async def _sweep(self, keys: Keys, banks: Iterable[int]) -> None:
-        """Remove banks that nothing reads from any more, a slice at a time."""
-        for bank in banks:
-            classes = [own.decode() for own in await self._do(self._client.smembers(keys.classes(bank)))]
-            for part in _parts(keys.every_slot(bank, classes), _SWEEP_KEYS):
-                await self._do(self._client.unlink(*part))
-            await self._do(self._client.unlink(keys.classes(bank)))
-            await self._do(self._client.srem(keys.banks, bank))
+    async def _note_bank(self, keys: Keys, number: int, classes: Collection[str]) -> None:
+        await self._do(self._client.hset(keys.written, f"b{number}", " ".join(classes)))
+
+    async def _together(self, commands: Sequence[tuple[str | bytes | float, ...]]) -> None:
+        """Send commands at once; each is one step for the server, which takes others in between."""
+        if not commands:
+            return
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        await self._do(pipeline.execute())
+
+    async def _sweep(self, keys: Keys, before: int, read: Collection[str] = ()) -> None:
+        """Remove banks and piles that were written before an epoch, but for those that are read."""
+        for name in [name.decode() for name in await self._do(self._client.hkeys(keys.written))]:
+            if int(name[1:]) < before and name not in read:
+                await self._remove_written(keys, name)
+
+    async def _remove_written(self, keys: Keys, name: str) -> None:
+        """Remove a bank or a pile that nothing reads from any more, a slice at a time."""
+        classes = (await self._do(self._client.hget(keys.written, name)) or b"").decode().split()
+        number = int(name[1:])
+        gone = keys.every_slot(number, classes) if name.startswith("b") else keys.shots(number)
+        for part in _parts(gone, _SWEEP_KEYS):
+            await self._do(self._client.unlink(*part))
+        await self._do(self._client.hdel(keys.written, name))
 
     async def _remove(
         self, tenant: str, which: tuple[str, ...], *, slots_of: Sequence[str] | None = (), slots: bool = False
@@ -306,27 +439,27 @@ class RedisStore:
             fields = await self._do(self._client.hgetall(keys.config))
             if not fields:
                 return None
-            record, bank = _record(fields), int(fields[b"bank"])
+            record, places = _record(fields), _Places.of(fields)
             named = [spec.id for spec in record.config.classes] if slots_of is None else slots_of
-            gone = keys.every_slot(bank, named) if slots else []
-            touched = (keys.config, keys.log, keys.tombstones, keys.epochs, *keys.shots, *gone)
+            gone = keys.every_slot(places.bank, named) if slots else []
+            touched = (keys.config, keys.log, keys.epochs, *keys.shots(places.pile), *gone)
             told = await self._run("remove.lua", touched, (record.stamp.epoch, *which))
             if told[0] >= 0:
                 return Stamp(epoch=told[0], version=told[1]), told[2]
-        raise _restless()
+        raise Contended
 
-    async def _bank(self, tenant: str, epoch: int) -> int:
-        """Return the bank of an epoch: an epoch has one, so it may be kept; scripts check that the epoch still is."""
-        known = self._banks.get((tenant, epoch))
+    async def _places(self, tenant: str, epoch: int) -> _Places:
+        """Return where an epoch's memory is read: it stays there, so it may be kept; scripts check the epoch."""
+        known = self._known.get((tenant, epoch))
         if known is not None:
             return known
-        now, bank = await self._do(self._client.hmget(Keys(tenant).config, "epoch", "bank"))
+        now, bank, pile = await self._do(self._client.hmget(Keys(tenant).config, "epoch", "bank", "pile"))
         if now is None or int(now) != epoch:
             raise ReloadNeeded(tenant)
-        if len(self._banks) > LOG_LENGTH:
-            self._banks.clear()
-        self._banks[(tenant, epoch)] = int(bank)
-        return int(bank)
+        if len(self._known) > LOG_LENGTH:
+            self._known.clear()
+        self._known[(tenant, epoch)] = places = _Places(bank=int(bank), pile=int(pile))
+        return places
 
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Reply:
         """Run a script by its hash; a server that forgot it is told it again."""
@@ -337,61 +470,86 @@ class RedisStore:
         except NoScriptError:
             return await self._do(self._client.eval(script, len(keys), *keys, *args))
         except (RedisError, OSError) as error:
-            raise _down(error) from error
+            raise down(error) from error
 
     async def _do(self, command: Any) -> Any:
         try:
             return await command
         except (RedisError, OSError) as error:
-            raise _down(error) from error
-
-
-def connect(url: str, **options: Any) -> Redis | RedisCluster:
-    """Return a client for a `redis://`, `rediss://`, `unix://`, `redis+sentinel://` or `redis(s)+cluster://` URL.
-
-    Raises:
-        ValueError: the URL is none of these.
-    """
-    parts = urlsplit(url)
-    if parts.scheme in ("redis", "rediss", "unix"):
-        return Redis.from_url(url, **options)
-    if parts.scheme in ("redis+cluster", "rediss+cluster"):
-        plain = urlunsplit(parts._replace(scheme=parts.scheme.removesuffix("+cluster")))
-        return RedisCluster.from_url(plain, **options)
-    if parts.scheme == "redis+sentinel":
-        return _sentinel(url, options)
-    raise ValueError(f"The store URL begins with {parts.scheme!r}; expected redis, rediss, unix, sentinel or cluster.")
-
-
-def _sentinel(url: str, options: Mapping[str, Any]) -> Redis:
-    parts = urlsplit(url)
-    hosts = parts.netloc.rpartition("@")[2].split(",")
-    watchers = [(host.rpartition(":")[0] or host, int(host.rpartition(":")[2] or 26379)) for host in hosts]
-    sentinel = Sentinel(watchers, **options)  # type: ignore[no-untyped-call]
-    service = parts.path.strip("/") or "mymaster"
-    return cast("Redis", sentinel.master_for(service, username=parts.username, password=parts.password))
+            raise down(error) from error
 
 
 def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
-    if int(fields[b"format"]) != FORMAT:
-        raise FingerprintMismatch(
-            f"The tenant {fields[b'name'].decode()!r} is stored in format {int(fields[b'format'])}; this version reads "
-            f"{FORMAT}. Serve it with the version that wrote it."
-        )
+    if fields[b"format"] != str(FORMAT).encode():
+        raise _other_format(fields[b"name"].decode(), fields[b"format"].decode(errors="replace"))
     return TenantRecord(
         name=fields[b"name"].decode(),
         config=TenantConfig.from_json(fields[b"config"]),
         fingerprint=fields[b"fingerprint"].decode(),
+        origin=json.loads(fields[b"origin"]),
+        labelling=fields[b"labelling"].decode(),
         stamp=Stamp(epoch=int(fields[b"epoch"]), version=int(fields[b"version"])),
     )
 
 
-def _slots(entropies: Sequence[bytes], features: Sequence[bytes]) -> dict[str, StoredSlot]:
-    held = dict(zip(features[::2], features[1::2], strict=True))
-    return {
-        id_.decode(): StoredSlot(id=id_.decode(), entropy=float(entropy), feature=held[id_])
-        for id_, entropy in zip(entropies[::2], entropies[1::2], strict=True)
-    }
+def _bank(ids: bytes, entropies: bytes, features: bytes) -> StoredBank:
+    return StoredBank(
+        ids=tuple(ids.decode().split()),
+        entropies=struct.unpack(f"<{len(entropies) // 8}d", entropies),
+        features=features,
+    )
+
+
+def _changed(slots: Mapping[str, StoredBank], changes: Sequence[Change]) -> dict[str, StoredBank]:
+    """Return banks after slot changes; those that nothing touched are the same objects."""
+    touched: dict[str, dict[str, StoredSlot]] = {}
+    for change in changes:
+        held = slots.get(change.class_id, StoredBank())
+        own = touched.setdefault(change.class_id, {slot.id: slot for slot in held})
+        own.pop(change.evicted or "", None)
+        own[change.slot.id] = change.slot
+    return {**slots, **{class_id: StoredBank.of(own.values()) for class_id, own in touched.items()}}
+
+
+def _without_slots(
+    barred: Iterable[tuple[str, str]], slots: Mapping[str, StoredBank], classes: Collection[str]
+) -> list[tuple[str, str]]:
+    """Return the barred ids of some classes, but for those of slots: an id is one or the other."""
+    held = {own: set(bank.ids) for own, bank in slots.items()}
+    return [(own, id_) for own, id_ in barred if own in classes and id_ not in held.get(own, ())]
+
+
+def _owner(shot: StoredShot) -> str:
+    return f"{shot.class_id} {len(shot.image or b'')}"
+
+
+def _read_owner(text: bytes) -> tuple[str, int]:
+    class_id, size = text.decode().split(" ")
+    return class_id, int(size)
+
+
+def _snapshot_info(text: bytes) -> SnapshotInfo:
+    values = _known(text, "A snapshot")
+    return SnapshotInfo(**{**values, "stamp": Stamp(**values["stamp"])})
+
+
+def _job(text: bytes) -> Job:
+    values = _known(text, "A job")
+    return Job(**{**values, "state": JobState(values["state"])})
+
+
+def _known(text: bytes, what: str) -> dict[str, Any]:
+    """Return the values of a record of our format."""
+    values: dict[str, Any] = json.loads(text)
+    found = values.pop("format", None)
+    if found != FORMAT:
+        raise _other_format(what, str(found))
+    return values
+
+
+def _classes_a_slice(record: TenantRecord) -> int:
+    # How large features are is not known before the first is read.
+    return max(1, SLICE_BYTES // (max(1, record.config.slots) * _FEATURE_BYTES))
 
 
 def _change(class_id: bytes, id_: bytes, entropy: bytes, feature: bytes, evicted: bytes) -> Change:
@@ -403,13 +561,25 @@ def _text(value: bytes) -> str | None:
     return value.decode() or None
 
 
-def _down(error: Exception) -> StoreDown:
-    return StoreDown(f"The store does not do what it is asked: {type(error).__name__}.", retry_after_s=_RETRY_S)
-
-
-def _restless() -> StoreDown:
-    return StoreDown("The tenant keeps changing under the call.", retry_after_s=_RETRY_S)
-
-
 def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _weighed(items: Sequence[T], weight: Callable[[T], int]) -> Iterator[Sequence[T]]:
+    """Return the items in parts of at most `SLICE_BYTES`; an item that is larger makes a part of its own."""
+    start, held = 0, 0
+    for at, item in enumerate(items):
+        own = weight(item)
+        if at > start and held + own > SLICE_BYTES:
+            yield items[start:at]
+            start, held = at, 0
+        held += own
+    if start < len(items):
+        yield items[start:]
+
+
+def _other_format(what: str, found: str = "another") -> FingerprintMismatch:
+    return FingerprintMismatch(
+        f"{what} is stored in format {found}; this version reads {FORMAT}. Nothing was changed. Serve it with the "
+        "version that wrote it."
+    )

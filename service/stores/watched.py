@@ -1,36 +1,70 @@
-"""A store whose every call is timed and whose failures are counted."""
+"""A store whose every call is timed and whose failures are counted, and which is left alone while it is away."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, cast
 
-from ..errors import StoreDown
+from .. import logs
+from ..errors import StoreAway, StoreDown
 from ..metrics import Metrics
 from .base import MemoryStore
 
+PAUSE_S = 1.0
+"""A store that did not answer is not asked again for so long: callers would all wait out its timeout."""
 
-def watched(store: MemoryStore, metrics: Metrics) -> MemoryStore:
-    """Return the same store with `dmn_store_duration_seconds` and `dmn_store_errors_total` kept for each operation."""
-    return cast("MemoryStore", _Watched(store, metrics))
+
+def watched(store: MemoryStore, metrics: Metrics, clock: Callable[[], float]) -> MemoryStore:
+    """Return the same store with `dmn_store_duration_seconds` and `dmn_store_errors_total` kept for each operation.
+
+    `clock` is monotonic, in seconds. For `PAUSE_S` after it did not answer, every call raises `StoreAway` at once.
+    """
+    return cast("MemoryStore", _Watched(store, metrics, clock))
 
 
 class _Watched:
-    def __init__(self, store: MemoryStore, metrics: Metrics) -> None:
-        self._store, self._metrics = store, metrics
+    def __init__(self, store: MemoryStore, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self._store, self._metrics, self._clock = store, metrics, clock
+        self._away: StoreAway | None = None
+        self._ask_at = 0.0
+        self._finding_out = False
 
     def __getattr__(self, op: str) -> Callable[..., Awaitable[Any]]:
         call = getattr(self._store, op)
 
         @wraps(call)
         async def timed(*args: object, **kwargs: object) -> object:
+            if self._away is not None and (self._finding_out or self._clock() < self._ask_at):
+                raise StoreAway(self._away.detail, retry_after_s=PAUSE_S)
+            # Of many who come after the pause one finds out; the others would wait out the timeout too.
+            self._finding_out = self._away is not None
             try:
                 with self._metrics.store_seconds.labels(op).time():
-                    return await call(*args, **kwargs)
-            except StoreDown:
+                    answer = await call(*args, **kwargs)
+            except StoreDown as error:
                 self._metrics.store_errors.labels(op).inc()
+                if isinstance(error, StoreAway):
+                    self._leave_alone(error)
                 raise
+            finally:
+                self._finding_out = False
+            self._welcome_back()
+            return answer
 
         setattr(self, op, timed)
         return timed
+
+    async def aclose(self) -> None:
+        await self._store.aclose()
+
+    def _leave_alone(self, error: StoreAway) -> None:
+        if self._away is None:
+            logs.event(logs.STORE_AWAY, level=logging.WARNING, detail=error.detail)
+        self._away, self._ask_at = error, self._clock() + PAUSE_S
+
+    def _welcome_back(self) -> None:
+        if self._away is not None:
+            logs.event(logs.STORE_BACK)
+        self._away = None

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +18,23 @@ from core.dynamic import Candidate, DynamicMemory, Outcome, apply, propose
 from service.stores.base import (
     Change,
     Conflict,
+    Job,
+    JobState,
     MemoryStore,
     PushCandidate,
     Pushed,
     ReloadNeeded,
     Remembered,
+    SnapshotInfo,
     Stamp,
+    StoredBank,
     StoredShot,
     StoredSlot,
     Synced,
     Verdict,
+    digest_of,
 )
+from service.stores.memory import JOBS
 from service.tenants import ClassSpec, TenantConfig, class_id
 from tests.contract.conftest import Opened, Row
 
@@ -56,10 +63,36 @@ def shot(id_: str, class_: str = CATS, image: bytes | None = None) -> StoredShot
     return StoredShot(id=id_, class_id=class_, feature=FEATURES[1], image=image)
 
 
+async def put(
+    store: MemoryStore,
+    tenant: str,
+    made: TenantConfig,
+    fingerprint: str,
+    *,
+    expected: Stamp | None,
+    exact: bool = False,
+    slots: Mapping[str, Iterable[StoredSlot]] | None = None,
+    shots: Iterable[StoredShot] | None = None,
+) -> Stamp:
+    """Create or replace a tenant whose slots are scored as it says."""
+    banks = None if slots is None else {own: StoredBank.of(bank) for own, bank in slots.items()}
+    return await store.replace(
+        tenant,
+        made,
+        fingerprint,
+        expected=expected,
+        exact=exact,
+        labelling=made.labelling,
+        origin={"encoder": fingerprint},
+        slots=banks,
+        shots=shots,
+    )
+
+
 async def create(
     store: MemoryStore, tenant: str = "zoo", *, slots: int = 2, names: Sequence[str] = ("cats", "dogs")
 ) -> Stamp:
-    return await store.replace(tenant, config(*names, slots=slots), FINGERPRINT, expected=None, slots={})
+    return await put(store, tenant, config(*names, slots=slots), FINGERPRINT, expected=None, slots={})
 
 
 async def contents(store: MemoryStore, tenant: str = "zoo") -> Contents:
@@ -70,7 +103,7 @@ async def contents(store: MemoryStore, tenant: str = "zoo") -> Contents:
 
 
 async def shots(store: MemoryStore, tenant: str = "zoo") -> set[StoredShot]:
-    stored = await store.load(tenant)
+    stored = await store.load(tenant, images=True)
     assert stored is not None
     for own, bank in stored.shots.items():
         assert all(one.class_id == own for one in bank)
@@ -131,7 +164,7 @@ async def test_a_tenant_is_read_back_as_it_was_made(store: MemoryStore) -> None:
         learn=False,
         retention="images",
     )
-    stamp = await store.replace("zoo", made, FINGERPRINT, expected=None, slots={CATS: [slot("1", 0.5)]})
+    stamp = await put(store, "zoo", made, FINGERPRINT, expected=None, slots={CATS: [slot("1", 0.5)]})
     record, stored = await store.get("zoo"), await store.load("zoo")
     assert record is not None
     assert stored is not None
@@ -143,7 +176,7 @@ async def test_a_tenant_is_read_back_as_it_was_made(store: MemoryStore) -> None:
 async def test_a_tenant_is_made_once(store: MemoryStore) -> None:
     stamp = await create(store)
     with pytest.raises(Conflict):
-        await store.replace("zoo", config("other"), "x", expected=None, slots={})
+        await put(store, "zoo", config("other"), "x", expected=None, slots={})
     record = await store.get("zoo")
     assert record is not None
     assert (record.config, record.stamp) == (config("cats", "dogs"), stamp)
@@ -151,7 +184,7 @@ async def test_a_tenant_is_made_once(store: MemoryStore) -> None:
 
 async def test_a_tenant_that_is_not_there_cannot_be_replaced(store: MemoryStore) -> None:
     with pytest.raises(Conflict):
-        await store.replace("zoo", config("cats"), FINGERPRINT, expected=Stamp(epoch=1, version=0), slots={})
+        await put(store, "zoo", config("cats"), FINGERPRINT, expected=Stamp(epoch=1, version=0), slots={})
     assert await store.get("zoo") is None
 
 
@@ -165,18 +198,18 @@ async def test_replacing_fails_if_anything_changed_since_the_tenant_was_read(sto
         "add_shots": lambda: store.add_shots("zoo", seen, [shot("s")]),
         "purge": lambda: store.purge("zoo", CATS, "1"),
         "reset": lambda: store.reset("zoo", dynamic=True, static=False, class_ids=None),
-        "replace": lambda: store.replace("zoo", config("cats"), FINGERPRINT, expected=seen, slots={}),
+        "replace": lambda: put(store, "zoo", config("cats"), FINGERPRINT, expected=seen, slots={}),
     }
     await changes[between]()
     before = await store.load("zoo")
     with pytest.raises(Conflict):
-        await store.replace("zoo", config("birds"), FINGERPRINT, expected=seen, slots={})
+        await put(store, "zoo", config("birds"), FINGERPRINT, expected=seen, exact=True, slots={})
     assert await store.load("zoo") == before
 
 
 async def test_of_many_who_replace_at_once_one_wins(store: MemoryStore) -> None:
     seen = await create(store)
-    calls = (store.replace("zoo", config(f"c{i}"), FINGERPRINT, expected=seen, slots={}) for i in range(8))
+    calls = (put(store, "zoo", config(f"c{i}"), FINGERPRINT, expected=seen, slots={}) for i in range(8))
     results = await asyncio.gather(*calls, return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == ["Conflict"] * 7 + ["Stamp"]
     winner = next(i for i, result in enumerate(results) if isinstance(result, Stamp))
@@ -190,7 +223,7 @@ async def test_replacing_puts_the_given_slots_in_place_of_the_old_in_a_new_epoch
     await push(store, candidate("old", 0.5), candidate("kept", 0.4, class_=DOGS))
     seen = await stamp_of(store)
     slots = {DOGS: [slot("kept", 0.3)], CATS: [slot("new", 0.2)]}
-    stamp = await store.replace("zoo", config("dogs", "cats"), "other", expected=seen, slots=slots)
+    stamp = await put(store, "zoo", config("dogs", "cats"), "other", expected=seen, slots=slots)
     assert await contents(store) == {DOGS: {"kept": slot("kept", 0.3)}, CATS: {"new": slot("new", 0.2)}}
     assert stamp.epoch != seen.epoch
     assert stamp > seen
@@ -200,9 +233,9 @@ async def test_replacing_puts_the_given_slots_in_place_of_the_old_in_a_new_epoch
 async def test_replacing_keeps_the_shots_of_classes_that_stay_and_no_others(store: MemoryStore) -> None:
     stamp = await create(store)
     stamp = await store.add_shots("zoo", stamp, [shot("c"), shot("d", DOGS)])
-    stamp = await store.replace("zoo", config("birds", "dogs"), FINGERPRINT, expected=stamp, slots={})
+    stamp = await put(store, "zoo", config("birds", "dogs"), FINGERPRINT, expected=stamp, slots={})
     assert await shots(store) == {shot("d", DOGS)}
-    await store.replace("zoo", config("cats", "dogs"), FINGERPRINT, expected=stamp, slots={})
+    await put(store, "zoo", config("cats", "dogs"), FINGERPRINT, expected=stamp, slots={})
     assert await shots(store) == {shot("d", DOGS)}
 
 
@@ -564,6 +597,14 @@ async def test_a_push_may_be_repeated(store: MemoryStore) -> None:
 # Following ------------------------------------------------------------------------------------------------------------
 
 
+async def test_slots_that_are_written_meanwhile_do_not_keep_a_tenant_from_being_configured(store: MemoryStore) -> None:
+    seen = await create(store)
+    await push(store, candidate("1", 0.5))
+    stamp = await put(store, "zoo", config("cats", "birds"), FINGERPRINT, expected=seen)
+    assert set((await contents(store))[CATS]) == {"1"}
+    assert stamp == await stamp_of(store)
+
+
 async def test_who_is_up_to_date_hears_of_no_change(store: MemoryStore) -> None:
     stamp = await create(store)
     assert await store.sync("zoo", stamp) == Synced(stamp=stamp)
@@ -592,7 +633,7 @@ async def _reset(store: MemoryStore) -> None:
 
 
 async def _replace(store: MemoryStore) -> None:
-    await store.replace("zoo", config("cats", "dogs"), FINGERPRINT, expected=await stamp_of(store), slots={})
+    await put(store, "zoo", config("cats", "dogs"), FINGERPRINT, expected=await stamp_of(store), slots={})
 
 
 async def _remove_shots(store: MemoryStore) -> None:
@@ -817,13 +858,16 @@ async def test_purging_what_is_not_there_changes_nothing(store: MemoryStore) -> 
     assert await store.purge("zoo", CATS, "1") is False
 
 
-async def test_a_purged_slot_cannot_come_back_within_its_epoch(store: MemoryStore) -> None:
+async def test_a_purged_slot_cannot_come_back_while_its_bank_lasts(store: MemoryStore) -> None:
     await create(store)
     await push(store, candidate("1", 0.5))
     await store.purge("zoo", CATS, "1")
     for _ in range(2):
         assert outcomes(await push(store, candidate("1", 0.0))) == ["rejected"]
-    await store.add_shots("zoo", await stamp_of(store), [shot("s")])
+    for step in (_add_shots, _remove_shots, _reset):
+        await step(store)
+        assert outcomes(await push(store, candidate("1", 0.0))) == ["rejected"]
+    await put(store, "zoo", config("cats", "birds"), FINGERPRINT, expected=await stamp_of(store))
     assert outcomes(await push(store, candidate("1", 0.0))) == ["rejected"]
     assert await contents(store) == {}
 
@@ -835,27 +879,259 @@ async def test_a_purged_slot_bars_its_own_class_alone(store: MemoryStore) -> Non
     assert outcomes(await push(store, candidate("1", 0.5, class_=DOGS), candidate("2", 0.5))) == ["filled", "filled"]
 
 
-async def test_a_load_tells_what_is_barred_in_this_epoch(store: MemoryStore) -> None:
+async def test_a_load_tells_what_is_barred(store: MemoryStore) -> None:
     await create(store)
     await push(store, candidate("1", 0.5), candidate("2", 0.5, class_=DOGS))
     await store.purge("zoo", CATS, "1")
     await store.purge("zoo", DOGS, "2")
+    assert await barred(store) == {(CATS, "1"), (DOGS, "2")}
+    await store.reset("zoo", dynamic=True, static=False, class_ids=[CATS])
+    assert await barred(store) == {(DOGS, "2")}
+
+
+async def barred(store: MemoryStore) -> frozenset[tuple[str, str]]:
     stored = await store.load("zoo")
     assert stored is not None
-    assert stored.barred == {(CATS, "1"), (DOGS, "2")}
-    await _reset(store)
-    later = await store.load("zoo")
-    assert later is not None
-    assert later.barred == frozenset()
+    return stored.barred
 
 
-@pytest.mark.parametrize("step", NEW_EPOCH)
-async def test_a_purged_slot_may_come_back_in_the_next_epoch(store: MemoryStore, step: Step) -> None:
+async def test_a_bank_that_is_written_anew_bars_what_it_is_told_to(store: MemoryStore) -> None:
     await create(store)
     await push(store, candidate("1", 0.5))
     await store.purge("zoo", CATS, "1")
-    await step(store)
+    stamp = await store.replace(
+        "zoo",
+        config("cats", "dogs"),
+        FINGERPRINT,
+        expected=await stamp_of(store),
+        labelling="",
+        origin={},
+        slots={DOGS: StoredBank.of([slot("4", 0.5)])},
+        barred=[(CATS, "2"), (DOGS, "4"), (class_id("gone"), "3")],
+    )
+    assert await barred(store) == {(CATS, "2")}
+    assert (await contents(store))[DOGS] == {"4": slot("4", 0.5)}
+    pushed = await push(store, candidate("1", 0.5), candidate("2", 0.5), since=stamp)
+    assert outcomes(pushed) == ["filled", "rejected"]
+
+
+@pytest.mark.parametrize("emptying", ["reset", "replace", "recreate"])
+async def test_a_purged_slot_may_come_back_once_its_class_was_emptied(store: MemoryStore, emptying: str) -> None:
+    await create(store)
+    await push(store, candidate("1", 0.5))
+    await store.purge("zoo", CATS, "1")
+    if emptying == "reset":
+        await store.reset("zoo", dynamic=True, static=False, class_ids=[CATS])
+    else:
+        await (_replace if emptying == "replace" else _recreate)(store)
     assert outcomes(await push(store, candidate("1", 0.5))) == ["filled"]
+
+
+# What a replacement keeps ---------------------------------------------------------------------------------------------
+
+
+async def test_a_new_configuration_keeps_slots_and_shots_that_it_is_not_given(store: MemoryStore) -> None:
+    await create(store, slots=3)
+    await push(store, candidate("1", 0.5), candidate("2", 0.4, class_=DOGS))
+    await store.add_shots("zoo", await stamp_of(store), [shot("a"), shot("b", DOGS, b"picture")])
+    before, had = await contents(store), await shots(store)
+    stamp = await put(
+        store, "zoo", config("dogs", "birds", "cats", slots=1), FINGERPRINT, expected=await stamp_of(store)
+    )
+    assert (await contents(store), await shots(store)) == (before, had)
+    assert outcomes(await push(store, candidate("3", 0.1, class_=class_id("birds")), since=stamp)) == ["filled"]
+    assert outcomes(await push(store, candidate("4", 0.1), since=stamp)) == ["replaced"]
+
+
+async def test_a_class_that_leaves_takes_its_slots_and_shots_along_and_no_others(store: MemoryStore) -> None:
+    await create(store)
+    await push(store, candidate("1", 0.5), candidate("2", 0.4, class_=DOGS))
+    await store.add_shots("zoo", await stamp_of(store), [shot("a"), shot("b", DOGS)])
+    stamp = await put(store, "zoo", config("dogs"), FINGERPRINT, expected=await stamp_of(store))
+    assert set(await contents(store)) == {DOGS}
+    assert {one.id for one in await shots(store)} == {"b"}
+    await put(store, "zoo", config("dogs", "cats"), FINGERPRINT, expected=stamp)
+    assert set(await contents(store)) == {DOGS}
+    assert {one.id for one in await shots(store)} == {"b"}
+
+
+async def test_shots_that_are_given_take_the_place_of_all(store: MemoryStore) -> None:
+    await create(store)
+    await store.add_shots("zoo", await stamp_of(store), [shot("old"), shot("kept", DOGS)])
+    given_ = [shot("new", DOGS, b"picture"), shot("kept", DOGS), shot("stray", class_id("nobody"))]
+    await put(store, "zoo", config("cats", "dogs"), FINGERPRINT, expected=await stamp_of(store), shots=given_)
+    assert await shots(store) == set(given_[:2])
+
+
+async def test_another_fingerprint_keeps_of_a_memory_the_images_alone(store: MemoryStore) -> None:
+    await create(store)
+    await push(store, candidate("1", 0.5))
+    await store.add_shots("zoo", await stamp_of(store), [shot("bare"), shot("kept", CATS, b"picture")])
+    stamp = await put(store, "zoo", config("cats", "dogs"), "another", expected=await stamp_of(store))
+    assert await contents(store) == {}
+    blank = StoredShot(id="kept", class_id=CATS, feature=b"", image=b"picture")
+    assert await shots(store) == {blank}
+    read = replace(blank, feature=FEATURES[2])
+    assert (await store.add_shots("zoo", stamp, [read])).version == stamp.version + 1
+    assert await shots(store) == {read}
+    assert await store.add_shots("zoo", stamp, [replace(read, feature=FEATURES[0])]) == await stamp_of(store)
+    assert await shots(store) == {read}
+
+
+async def test_images_are_read_only_when_asked_for_and_count_all_the_same(store: MemoryStore) -> None:
+    stamp = await create(store)
+    await store.add_shots("zoo", stamp, [shot("a", CATS, b"picture"), shot("b", CATS)])
+    for images in (False, True):
+        stored = await store.load("zoo", images=images)
+        assert stored is not None
+        assert [one.nbytes for one in stored.shots[CATS]] == [len(FEATURES[1]) + 7, len(FEATURES[1])]
+        assert [one.image for one in stored.shots[CATS]] == [b"picture" if images else None, None]
+
+
+async def test_banks_are_read_in_the_order_of_entropy_and_id_and_shots_in_that_of_ids(store: MemoryStore) -> None:
+    stamp = await create(store, slots=5)
+    await push(store, candidate("b", 0.5), candidate("a", 0.5), candidate("c", 0.1), since=stamp)
+    await store.add_shots("zoo", stamp, [shot("2"), shot("10"), shot("1")])
+    stored = await store.load("zoo")
+    assert stored is not None
+    assert stored.slots[CATS].ids == ("c", "a", "b")
+    assert [one.id for one in stored.shots[CATS]] == ["1", "10", "2"]
+
+
+async def test_a_record_says_where_its_features_come_from_and_what_labelled_its_slots(store: MemoryStore) -> None:
+    await store.replace("zoo", config("cats"), "f", expected=None, labelling="v1", origin={"encoder": "one"})
+    record = await store.get("zoo")
+    assert record is not None
+    assert (record.fingerprint, record.labelling, dict(record.origin)) == ("f", "v1", {"encoder": "one"})
+
+
+# Versions and digests -------------------------------------------------------------------------------------------------
+
+
+async def test_stamps_of_many_tenants_come_together(store: MemoryStore) -> None:
+    await create(store)
+    await create(store, "farm")
+    await push(store, candidate("1", 0.5))
+    assert list(await store.stamps(["farm", "nobody", "zoo"])) == [
+        await stamp_of(store, "farm"),
+        None,
+        await stamp_of(store),
+    ]
+
+
+async def test_digests_tell_whether_two_copies_agree(store: MemoryStore) -> None:
+    await create(store, slots=9)
+    await push(store, candidate("b", 0.1 + 0.2), candidate("a", 0.3), candidate("c", -1e-8), candidate("d", 2.0))
+    stored = await store.load("zoo")
+    assert stored is not None
+    bank = stored.slots[CATS]
+    told = await store.digests("zoo", stored.record.stamp, [CATS, DOGS])
+    assert told == {CATS: digest_of(bank.ids, bank.entropies), DOGS: digest_of((), ())}
+    await push(store, candidate("e", 0.0))
+    with pytest.raises(ReloadNeeded):
+        await store.digests("zoo", stored.record.stamp, [CATS])
+    assert (await store.digests("zoo", await stamp_of(store), [CATS]))[CATS] != told[CATS]
+
+
+# Snapshots ------------------------------------------------------------------------------------------------------------
+
+
+def info(id_: str, created: float = 1.0, reason: str = "manual") -> SnapshotInfo:
+    return SnapshotInfo(
+        id=id_,
+        created=created,
+        reason=reason,
+        fingerprint=FINGERPRINT,
+        stamp=Stamp(epoch=1, version=2),
+        classes=2,
+        slots=3,
+        shots=4,
+        bytes=5,
+    )
+
+
+async def parts_of(store: MemoryStore, id_: str) -> list[bytes]:
+    parts: list[bytes] = []
+    while (part := await store.read_snapshot("zoo", id_, len(parts))) is not None:
+        parts.append(part)
+    return parts
+
+
+async def test_a_snapshot_is_read_back_part_by_part_and_listed_by_age(store: MemoryStore) -> None:
+    await create(store)
+    assert await store.keep_snapshot("zoo", info("late", 2.0, "reset"), iter((b"one", b"\0two")))
+    assert await store.keep_snapshot("zoo", info("early", 1.0), (b"",))
+    assert list(await store.snapshots("zoo")) == [info("early", 1.0), info("late", 2.0, "reset")]
+    assert await parts_of(store, "late") == [b"one", b"\0two"]
+    assert await parts_of(store, "nothing") == []
+
+
+async def test_a_snapshot_outlives_whatever_happens_to_the_memory(store: MemoryStore) -> None:
+    await create(store)
+    await store.keep_snapshot("zoo", info("s"), (b"one",))
+    for step in NEW_EPOCH:
+        if step is not _recreate:
+            await step(store)
+    assert await parts_of(store, "s") == [b"one"]
+    assert list(await store.snapshots("zoo")) == [info("s")]
+
+
+async def test_a_snapshot_that_is_dropped_is_gone(store: MemoryStore) -> None:
+    await create(store)
+    await store.keep_snapshot("zoo", info("s"), (b"one",))
+    assert await store.drop_snapshot("zoo", "s") is True
+    assert await store.drop_snapshot("zoo", "s") is False
+    assert (list(await store.snapshots("zoo")), await parts_of(store, "s")) == ([], [])
+
+
+async def test_snapshots_and_jobs_go_with_their_tenant(store: MemoryStore) -> None:
+    assert await store.keep_snapshot("zoo", info("s"), (b"one",)) is False
+    assert await store.note_job("zoo", job("j")) is False
+    await create(store)
+    await store.keep_snapshot("zoo", info("s"), (b"one",))
+    await store.note_job("zoo", job("j"))
+    await store.delete("zoo")
+    await create(store)
+    assert (list(await store.snapshots("zoo")), await parts_of(store, "s")) == ([], [])
+    assert list(await store.jobs("zoo")) == []
+
+
+# Jobs and claims ------------------------------------------------------------------------------------------------------
+
+
+def job(id_: str, created: float = 1.0, state: JobState = JobState.RUNNING, **values: Any) -> Job:
+    return Job(id=id_, kind="rescore", state=state, created=created, updated=created, **values)
+
+
+async def test_a_job_stands_as_it_was_last_written_down(store: MemoryStore) -> None:
+    await create(store)
+    done = job("b", 2.0, JobState.DONE, progress=1.0, result={"slots": 3})
+    for known in (job("b", 2.0, JobState.QUEUED), job("a", 1.0, progress=0.25, eta_s=3.5), done):
+        assert await store.note_job("zoo", known) is True
+    assert list(await store.jobs("zoo")) == [job("a", 1.0, progress=0.25, eta_s=3.5), done]
+
+
+@pytest.mark.parametrize("state", [JobState.DONE, JobState.FAILED, JobState.CANCELLED])
+async def test_a_job_that_is_over_stays_as_it_is(store: MemoryStore, state: JobState) -> None:
+    await create(store)
+    await store.note_job("zoo", job("a", state=state))
+    assert await store.note_job("zoo", job("a")) is False
+    assert list(await store.jobs("zoo")) == [job("a", state=state)]
+
+
+async def test_of_many_jobs_the_oldest_that_are_over_are_forgotten(store: MemoryStore) -> None:
+    await create(store)
+    await store.note_job("zoo", job("first", 0.0))
+    for number in range(1, JOBS + 3):
+        await store.note_job("zoo", job(f"{number:03}", float(number), JobState.DONE))
+    known = [one.id for one in await store.jobs("zoo")]
+    assert known == ["first", *(f"{number:03}" for number in range(4, JOBS + 3))]
+
+
+async def test_one_of_many_gets_a_claim_until_it_ends(store: MemoryStore) -> None:
+    assert sorted([await store.claim("zoo", "rescore", 60.0) for _ in range(3)]) == [False, False, True]
+    assert await store.claim("farm", "rescore", 60.0) is True
+    assert await store.claim("zoo", "snapshot", 60.0) is True
 
 
 # Answers --------------------------------------------------------------------------------------------------------------

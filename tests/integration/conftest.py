@@ -211,7 +211,7 @@ async def opened(encoder: Encoder, **settings: Any) -> AsyncIterator[House]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("DMN_")]:
             patch.delenv(name)
-        whole = Settings(**({"decode_workers": 2} | settings))
+        whole = Settings(**({"decode_workers": 2, "store": "memory"} | settings))
     async with open_rooms(whole, encoder) as rooms:
         app = create_app(whole, rooms)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -25,7 +25,7 @@ async def test_a_body_that_does_not_come_is_given_up_at_the_servers_own_deadline
     async def send(message: Message) -> None:
         sent.append(message)
 
-    settings = Settings(deadline_ms=50)
+    settings = Settings(store="memory", deadline_ms=50)
     headers = [(b"content-type", kind.encode()), (b"content-length", b"9")]
     scope = {"type": "http", "method": "POST", "path": "/classify", "query_string": b"", "headers": headers}
     async with open_rooms(settings, FakeEncoder()) as rooms:
@@ -37,7 +37,7 @@ async def test_a_body_that_does_not_come_is_given_up_at_the_servers_own_deadline
 
 
 async def test_answers_close_their_connection_once_readiness_is_off() -> None:
-    settings = Settings()
+    settings = Settings(store="memory")
     async with open_rooms(settings, FakeEncoder()) as rooms:
         app = create_app(settings, rooms)
         async with app.router.lifespan_context(app):

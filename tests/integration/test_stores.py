@@ -20,10 +20,11 @@ from service.classify import ClassifyCall, classify
 from service.desk import Reading
 from service.errors import StoreDown
 from service.rooms import Rooms
-from service.settings import Settings
+from service.settings import DEFAULT_TENANT, Settings
+from service.stores.connection import connect
 from service.stores.embedded import EmbeddedServer, embedded_server, find_binary
-from service.stores.redis import RedisStore, connect
-from service.tenants import DEFAULT_TENANT, ClassSpec, TenantConfig
+from service.stores.redis import RedisStore
+from service.tenants import ClassSpec, TenantConfig
 from tests.fakes import FakeEncoder, picture
 
 pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")

@@ -1,14 +1,47 @@
--- Reads the banks of some classes as they are at one moment.
+-- Reads the banks of some classes as they are at one moment, each in four strings: a client reads four of them faster
+-- than four for each slot.
 --
 -- KEYS  1 configuration (hash), then for each class: its entropies (sorted set), its features (hash)
 -- ARGV  1 epoch that the caller has
--- Gives {0} if the epoch is over; else {1, then for each class {ids and entropies in turn}, {ids and features in turn}}
+-- Gives {0} if the epoch is over; else {1, then for each class, in the order of (entropy, id): ids, a space between
+--       them; entropies (nats, little-endian doubles); features, one after the other; and the ids that are barred}
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return {0}
 end
+local at_once = 1000 -- arguments that Lua can hand over
+
+local function features(h, ids)
+  local found = {}
+  for first = 1, #ids, at_once do
+    local part = redis.call('HMGET', h, unpack(ids, first, math.min(#ids, first + at_once - 1)))
+    found[#found + 1] = table.concat(part)
+  end
+  return table.concat(found)
+end
+
+local function barred(z, h, filled)
+  local out = {}
+  if redis.call('HLEN', h) > filled then
+    for _, id in ipairs(redis.call('HKEYS', h)) do
+      if not redis.call('ZSCORE', z, id) then
+        out[#out + 1] = id
+      end
+    end
+  end
+  return table.concat(out, ' ')
+end
+
 local out = {1}
 for at = 2, #KEYS, 2 do
-  out[#out + 1] = redis.call('ZRANGE', KEYS[at], 0, -1, 'WITHSCORES')
-  out[#out + 1] = redis.call('HGETALL', KEYS[at + 1])
+  local ids, entropies = {}, {}
+  local held = redis.call('ZRANGE', KEYS[at], 0, -1, 'WITHSCORES')
+  for i = 1, #held, 2 do
+    ids[#ids + 1] = held[i]
+    entropies[#entropies + 1] = struct.pack('<d', tonumber(held[i + 1]))
+  end
+  out[#out + 1] = table.concat(ids, ' ')
+  out[#out + 1] = table.concat(entropies)
+  out[#out + 1] = features(KEYS[at + 1], ids)
+  out[#out + 1] = barred(KEYS[at], KEYS[at + 1], #ids)
 end
 return out

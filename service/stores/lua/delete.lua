@@ -1,7 +1,17 @@
--- Removes a tenant with all that it has, but for its counter of epochs; its banks are left to be swept.
+-- Removes a tenant with all that it has, but for its counter of epochs; banks, piles and snapshots' parts are left to be
+-- swept.
 --
--- KEYS  1 configuration (hash), then every other key of the tenant
--- Gives 1 if the tenant was there, else 0.
-local there = redis.call('EXISTS', KEYS[1])
+-- KEYS  1 configuration (hash), 2 snapshots (hash), then every other key of the tenant
+-- ARGV  1 format that the caller knows
+-- Gives {-1} if the tenant is of another format, and nothing was removed; else {1 if it was there, else 0, then the
+--       ids of its snapshots}.
+local format = redis.call('HGET', KEYS[1], 'format')
+if format and format ~= ARGV[1] then
+  return {-1}
+end
+local out = {format and 1 or 0}
+for _, id in ipairs(redis.call('HKEYS', KEYS[2])) do
+  out[#out + 1] = id
+end
 redis.call('UNLINK', unpack(KEYS))
-return there
+return out

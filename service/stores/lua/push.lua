@@ -1,21 +1,23 @@
 -- Lets candidates into a tenant's dynamic memory by Eq. (5), and returns every slot change since a version.
 -- Without candidates it is a sync.
 --
--- KEYS  1 configuration (hash), 2 log (stream), 3 tombstones (set), 4 classes of the bank (set),
---       then for each class named: its entropies (sorted set, slot id -> nats), its features (hash, slot id -> bytes)
--- ARGV  1 epoch and 2 version that the caller has, 3 length of the log, 4 number of classes named, then their ids,
---       then for each candidate: number of its class (from 1), slot id, entropy (nats, as text), feature (bytes)
+-- KEYS  1 configuration (hash), 2 log (stream), then for each class named: its entropies (sorted set, slot id -> nats),
+--       its features (hash, slot id -> bytes)
+-- ARGV  1 epoch and version that the caller has, a space between them, then for each candidate: number of its class
+--       (from 1), slot id, entropy (nats, a little-endian double), feature (bytes)
 -- Gives {0} if the caller has to load anew, and nothing was written; else {1, version, verdicts, changes}:
 --       verdicts are {outcome, evicted id or ''}, changes are {class id, slot id, entropy, feature, evicted id or ''}
 --
 -- One call is one atomic step. Sorted sets order equal entropies by id, so the last member is the largest (entropy,
 -- id) of its class: the result does not depend on the order of calls, and a call that is repeated changes nothing.
 local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'settled', 'slots')
-local since = tonumber(ARGV[2])
-if known[1] ~= ARGV[1] or since < tonumber(known[3]) then
+local epoch, seen = string.match(ARGV[1], '(%d+) (%d+)')
+local since = tonumber(seen)
+if known[1] ~= epoch or since < tonumber(known[3]) then
   return {0}
 end
-local version, slots, log_length = tonumber(known[2]), tonumber(known[4]), ARGV[3]
+local version, slots = tonumber(known[2]), tonumber(known[4])
+local log_length = 2048 -- slot changes kept for workers that are behind; one further behind loads anew
 
 local changes = {}
 if version > since then
@@ -40,37 +42,34 @@ local function less(a, b)
   return #a < #b
 end
 
-local function write(class, number, id, entropy, feature, evicted)
-  local z, h = KEYS[3 + 2 * number], KEYS[4 + 2 * number]
+local function write(z, h, id, entropy, feature, evicted)
   if evicted ~= '' then
     redis.call('ZREM', z, evicted)
     redis.call('HDEL', h, evicted)
   end
   redis.call('ZADD', z, entropy, id)
   redis.call('HSET', h, id, feature)
-  redis.call('SADD', KEYS[4], class)
   version = version + 1
+  local class = string.match(z, '[^:]+$')
   redis.call('XADD', KEYS[2], 'MAXLEN', '=', log_length, string.format('%.0f-0', version),
     'c', class, 'i', id, 'e', entropy, 'f', feature, 'o', evicted)
   changes[#changes + 1] = {class, id, entropy, feature, evicted}
 end
 
-local function enter(number, id, entropy, feature)
-  local class = ARGV[4 + number]
-  local z, h = KEYS[3 + 2 * number], KEYS[4 + 2 * number]
-  if redis.call('SISMEMBER', KEYS[3], class .. '/' .. id) == 1 then
-    return {'rejected', ''}
-  end
+local function enter(z, h, id, entropy, feature)
   local held = redis.call('ZSCORE', z, id)
   if held then
     local old, new = tonumber(held), tonumber(entropy)
     if new < old or (new == old and less(feature, redis.call('HGET', h, id))) then
-      write(class, number, id, entropy, feature, '')
+      write(z, h, id, entropy, feature, '')
     end
     return {'duplicate', ''}
   end
+  if redis.call('HEXISTS', h, id) == 1 then
+    return {'rejected', ''}
+  end
   if redis.call('ZCARD', z) < slots then
-    write(class, number, id, entropy, feature, '')
+    write(z, h, id, entropy, feature, '')
     return {'filled', ''}
   end
   local worst = redis.call('ZREVRANGE', z, 0, 0, 'WITHSCORES')
@@ -81,13 +80,16 @@ local function enter(number, id, entropy, feature)
   if new > least or (new == least and less(worst[1], id)) then
     return {'rejected', ''}
   end
-  write(class, number, id, entropy, feature, worst[1])
+  write(z, h, id, entropy, feature, worst[1])
   return {'replaced', worst[1]}
 end
 
 local verdicts = {}
-for at = 5 + tonumber(ARGV[4]), #ARGV, 4 do
-  verdicts[#verdicts + 1] = enter(tonumber(ARGV[at]), ARGV[at + 1], ARGV[at + 2], ARGV[at + 3])
+for at = 2, #ARGV, 4 do
+  local z = 1 + 2 * tonumber(ARGV[at])
+  -- All 17 digits: the text stands for this very double.
+  local entropy = string.format('%.17g', struct.unpack('<d', ARGV[at + 2]))
+  verdicts[#verdicts + 1] = enter(KEYS[z], KEYS[z + 1], ARGV[at + 1], entropy, ARGV[at + 3])
 end
 if #verdicts > 0 then
   redis.call('HSET', KEYS[1], 'version', string.format('%.0f', version))

@@ -1,7 +1,7 @@
 -- Removes what is named from a tenant's memories, in a new epoch.
 --
--- KEYS  1 configuration (hash), 2 log, 3 tombstones, 4 epochs (counter), 5 shots' classes, 6 shots' features,
---       7 shots' images, then keys of banks to remove
+-- KEYS  1 configuration (hash), 2 log, 3 epochs (counter), 4 shots' classes, 5 shots' features, 6 shots' images, then
+--       keys of the bank to remove
 -- ARGV  1 epoch that the caller has, 2 what to remove of the shots: 'ids', 'classes', 'all' or 'none', then the ids
 -- Gives {epoch, version, shots removed}; {-1} if the epoch is over, and nothing was written.
 -- Removing shots by id that are not there is no change, and starts no epoch.
@@ -10,18 +10,18 @@ if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
 end
 
 local function drop(id)
-  if redis.call('HDEL', KEYS[5], id) == 0 then
+  if redis.call('HDEL', KEYS[4], id) == 0 then
     return 0
   end
+  redis.call('HDEL', KEYS[5], id)
   redis.call('HDEL', KEYS[6], id)
-  redis.call('HDEL', KEYS[7], id)
   return 1
 end
 
 local removed = 0
 if ARGV[2] == 'all' then
-  removed = redis.call('HLEN', KEYS[5])
-  redis.call('UNLINK', KEYS[5], KEYS[6], KEYS[7])
+  removed = redis.call('HLEN', KEYS[4])
+  redis.call('UNLINK', KEYS[4], KEYS[5], KEYS[6])
 elseif ARGV[2] == 'ids' then
   for at = 3, #ARGV do
     removed = removed + drop(ARGV[at])
@@ -34,18 +34,18 @@ elseif ARGV[2] == 'classes' then
   for at = 3, #ARGV do
     named[ARGV[at]] = true
   end
-  local shots = redis.call('HGETALL', KEYS[5])
+  local shots = redis.call('HGETALL', KEYS[4])
   for at = 1, #shots, 2 do
-    if named[shots[at + 1]] then
+    if named[string.match(shots[at + 1], '^[^ ]+')] then
       removed = removed + drop(shots[at])
     end
   end
 end
-for at = 8, #KEYS do
+for at = 7, #KEYS do
   redis.call('UNLINK', KEYS[at])
 end
-local epoch = redis.call('INCR', KEYS[4])
+local epoch = redis.call('INCR', KEYS[3])
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
 redis.call('HSET', KEYS[1], 'epoch', epoch, 'settled', version)
-redis.call('DEL', KEYS[2], KEYS[3])
+redis.call('DEL', KEYS[2])
 return {epoch, version, removed}

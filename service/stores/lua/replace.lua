@@ -1,31 +1,56 @@
--- Creates a tenant, or replaces its configuration and, with it, the bank that its slots are read from.
+-- Creates a tenant, or replaces its configuration and, with it, the bank and the pile that are read.
 --
--- KEYS  1 configuration (hash), 2 log, 3 tombstones, 4 shots' classes (hash, shot id -> class id), 5 shots' features,
---       6 shots' images
--- ARGV  1 and 2 epoch and version that the tenant has to be at ('' if it must not be there), 3 new epoch, 4 bank,
---       5 format, 6 name, 7 configuration (JSON), 8 fingerprint, 9 slots a class, then ids of classes that leave
--- Gives the new version, or -1 if the tenant is not where it was expected; then nothing was written.
-local known = redis.call('HMGET', KEYS[1], 'epoch', 'version')
-if (known[1] or '') ~= ARGV[1] or (known[2] or '') ~= ARGV[2] then
+-- KEYS  1 configuration (hash), 2 log, the present pile: 3 shots' classes (hash, shot id -> class id and size of the
+--       image), 4 features, 5 images; then keys of the present bank that leave
+-- ARGV  1 and 2 epoch and version that the caller has seen ('' if there must be no tenant), 3 whether slots that were
+--       written since matter (1 or 0), 4 new epoch, 5 bank and 6 pile (either '' to keep the present one), 7 format,
+--       8 name, 9 configuration (JSON), 10 fingerprint, 11 origin (JSON), 12 labelling version of the slots, 13 slots a
+--       class, then ids of classes that leave
+-- Gives the new version, or -1 if the tenant has changed since; then nothing was written.
+-- A pile that is kept under another fingerprint keeps the shots that have an image, without their features.
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled')
+if (known[1] or '') ~= ARGV[1] then
   return -1
 end
-local leaves = {}
-for at = 10, #ARGV do
-  leaves[ARGV[at]] = true
+local latest = ARGV[3] == '1' and known[2] or known[6]
+if latest and tonumber(latest) > tonumber(ARGV[2]) then
+  return -1
 end
-if #ARGV >= 10 then
-  local shots = redis.call('HGETALL', KEYS[4])
+
+local function thin(leaves, blank)
+  local shots = redis.call('HGETALL', KEYS[3])
   for at = 1, #shots, 2 do
-    if leaves[shots[at + 1]] then
-      redis.call('HDEL', KEYS[4], shots[at])
-      redis.call('HDEL', KEYS[5], shots[at])
-      redis.call('HDEL', KEYS[6], shots[at])
+    local id = shots[at]
+    if leaves[string.match(shots[at + 1], '^[^ ]+')] or (blank and redis.call('HEXISTS', KEYS[5], id) == 0) then
+      redis.call('HDEL', KEYS[3], id)
+      redis.call('HDEL', KEYS[4], id)
+      redis.call('HDEL', KEYS[5], id)
     end
   end
+  if blank then
+    redis.call('UNLINK', KEYS[4])
+  end
 end
-local version = known[2] and tonumber(known[2]) + 1 or 0
-local text = string.format('%.0f', version)
-redis.call('HSET', KEYS[1], 'epoch', ARGV[3], 'bank', ARGV[4], 'version', text, 'settled', text, 'format', ARGV[5],
-  'name', ARGV[6], 'config', ARGV[7], 'fingerprint', ARGV[8], 'slots', ARGV[9])
-redis.call('DEL', KEYS[2], KEYS[3])
+
+if known[1] and ARGV[6] == '' then
+  local leaves = {}
+  for at = 14, #ARGV do
+    leaves[ARGV[at]] = true
+  end
+  local blank = known[3] ~= ARGV[10]
+  if blank or #ARGV > 13 then
+    thin(leaves, blank)
+  end
+end
+if known[1] and ARGV[5] == '' then
+  for at = 6, #KEYS do
+    redis.call('UNLINK', KEYS[at])
+  end
+end
+local version = string.format('%.0f', known[2] and tonumber(known[2]) + 1 or 0)
+redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5] == '' and known[4] or ARGV[5],
+  'pile', ARGV[6] == '' and known[5] or ARGV[6], 'version', version, 'settled', version, 'format', ARGV[7],
+  'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11], 'labelling', ARGV[12],
+  'slots', ARGV[13])
+redis.call('DEL', KEYS[2])
 return version

@@ -1,18 +1,23 @@
--- Adds shots to a tenant's static memory; one whose id is there changes nothing.
+-- Adds shots to a tenant's static memory; one whose id is there changes nothing, unless it waits for its feature.
 --
 -- KEYS  1 configuration (hash), 2 log, 3 shots' classes, 4 shots' features, 5 shots' images
--- ARGV  1 epoch that the caller has, then for each shot: id, class id, feature (bytes), image (bytes, '' for none)
+-- ARGV  1 epoch that the caller has, then for each shot: id, class id and size of the image, feature (bytes), image
+--       (bytes, '' for none)
 -- Gives the version, or -1 if the epoch is over; then nothing was written.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return -1
 end
 local new = 0
 for at = 2, #ARGV, 4 do
-  if redis.call('HSETNX', KEYS[3], ARGV[at], ARGV[at + 1]) == 1 then
-    redis.call('HSET', KEYS[4], ARGV[at], ARGV[at + 2])
-    if ARGV[at + 3] ~= '' then
-      redis.call('HSET', KEYS[5], ARGV[at], ARGV[at + 3])
+  local id, feature, image = ARGV[at], ARGV[at + 2], ARGV[at + 3]
+  if redis.call('HSETNX', KEYS[3], id, ARGV[at + 1]) == 1 then
+    redis.call('HSET', KEYS[4], id, feature)
+    if image ~= '' then
+      redis.call('HSET', KEYS[5], id, image)
     end
+    new = new + 1
+  elseif feature ~= '' and (redis.call('HGET', KEYS[4], id) or '') == '' then
+    redis.call('HSET', KEYS[4], id, feature)
     new = new + 1
   end
 end

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.codec import FEATURE_FORMAT, decode_feature, encode_feature
+from core.codec import FEATURE_FORMAT, decode_feature, decode_features, encode_feature
 from core.errors import IncompatibleMemory
 
 
@@ -26,6 +26,39 @@ def test_a_decoded_feature_owns_its_memory() -> None:
 
 def test_a_feature_that_needs_a_gradient_is_encoded_too() -> None:
     assert encode_feature(torch.ones(1, requires_grad=True)) == b"\x00\x3c"
+
+
+def test_many_features_are_read_as_one_after_the_other_bit_for_bit() -> None:
+    features = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    data = b"".join(encode_feature(feature) for feature in features)
+    got = decode_features(data, 3)
+    assert torch.equal(got, features.half())
+    assert torch.equal(got, torch.stack([decode_feature(data[at : at + 6], 3) for at in range(0, len(data), 6)]))
+
+
+def test_every_half_comes_back_as_it_went() -> None:
+    """Not-a-numbers, both zeros and the subnormals too: the codec is no judge."""
+    data = b"".join(bits.to_bytes(2, "little") for bits in range(1 << 16))
+    got = decode_features(data, 256)
+    assert got.shape == (256, 256)
+    assert b"".join(encode_feature(row) for row in got) == data
+
+
+def test_no_bytes_are_no_features() -> None:
+    got = decode_features(b"", 4)
+    assert (got.shape, got.dtype) == ((0, 4), torch.float16)
+
+
+def test_decoded_features_own_their_memory() -> None:
+    data = b"\x00\x3c" * 2
+    decode_features(data, 1)[:] = 5.0
+    assert data == b"\x00\x3c" * 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 7, 10])
+def test_bytes_that_are_not_whole_features_are_refused(size: int) -> None:
+    with pytest.raises(IncompatibleMemory, match=f"have {size} bytes; expected a multiple of 4"):
+        decode_features(bytes(size), 2)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00", b"\x00\x3c\x00", b"\x00" * 6])

@@ -137,16 +137,16 @@ def test_fingerprint_is_the_weights_not_the_place(
 def test_fingerprint_is_the_same_in_another_process() -> None:
     # The hash of a fixed state, since a tiny architecture is known to this process only.
     code = (
-        "import torch; from core.openclip import _fingerprint; from core.encoder import Preprocess;"
-        "print(_fingerprint('m', {'b': torch.arange(3.), 'a': torch.ones(2, dtype=torch.bfloat16)},"
-        "Preprocess(size=8, mean=(0., 0., 0.), std=(1., 1., 1.)), 4), end='')"
+        "import torch; from core.openclip import _fingerprint, _origin; from core.encoder import Preprocess;"
+        "print(_fingerprint(_origin('m', {'b': torch.arange(3.), 'a': torch.ones(2, dtype=torch.bfloat16)},"
+        "Preprocess(size=8, mean=(0., 0., 0.), std=(1., 1., 1.)), 4)), end='')"
     )
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
     ).stdout
     state = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.arange(3.0)}
     pre = openclip.Preprocess(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    assert openclip._fingerprint("m", state, pre, 4) == other
+    assert openclip._fingerprint(openclip._origin("m", state, pre, 4)) == other
 
 
 def test_fingerprint_changes_with_one_weight(
@@ -163,7 +163,7 @@ def test_fingerprint_changes_with_preprocessing_architecture_and_size() -> None:
     pre = openclip.Preprocess(size=8, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     other = openclip.Preprocess(size=8, mean=(0.0, 0.0, 0.1), std=(1.0, 1.0, 1.0))
     found = [("m", pre, 4), ("m", other, 4), ("n", pre, 4), ("m", pre, 5)]
-    assert len({openclip._fingerprint(name, state, how, dim) for name, how, dim in found}) == 4
+    assert len({openclip._fingerprint(openclip._origin(name, state, how, dim)) for name, how, dim in found}) == 4
 
 
 def test_a_plain_torch_checkpoint_loads_too(

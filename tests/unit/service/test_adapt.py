@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import threading
 import warnings
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from core.classify import Sample, classify
 from core.codec import encode_feature
 from core.encoder import Encoder
 from core.numerics import unit
-from service import adapt
+from service import adapt, upkeep
 from service.adapt import LabelledImage, Shot
 from service.app import open_rooms
 from service.errors import (
@@ -34,12 +35,23 @@ from service.errors import (
 )
 from service.images import ImageUnreadable
 from service.rooms import Rooms
-from service.settings import Settings
-from service.stores.base import Conflict, PushCandidate, ReloadNeeded, StoredMemory, StoredShot, StoredSlot
-from service.tenants import DEFAULT_TENANT, ClassSpec, TenantConfig, class_id
+from service.settings import DEFAULT_TENANT, Settings
+from service.stores.base import (
+    Conflict,
+    JobState,
+    PushCandidate,
+    ReloadNeeded,
+    Stamp,
+    StoredBank,
+    StoredMemory,
+    StoredShot,
+    StoredSlot,
+)
+from service.tenants import ClassSpec, TenantConfig, class_id
 from tests.fakes import FakeEncoder, picture
 
 FOREVER = float("inf")
+PATIENCE_S = 20.0
 
 
 class Compass(FakeEncoder):
@@ -84,6 +96,12 @@ async def rooms_of(encoder: Encoder, **settings: object) -> AsyncIterator[Rooms]
         yield rooms
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a change wait until what it causes is done, however busy the machine is."""
+    monkeypatch.setattr(adapt, "_SOON_S", PATIENCE_S)
+
+
 @pytest.fixture
 async def rooms() -> AsyncIterator[Rooms]:
     async for rooms in rooms_of(FakeEncoder(), max_images=8, batch_images=3, max_shots=4, max_text_chars=400):
@@ -97,7 +115,7 @@ async def compass() -> AsyncIterator[Rooms]:
 
 
 async def stored(rooms: Rooms, tenant: str = "zoo") -> StoredMemory:
-    found = await rooms.store.load(tenant)
+    found = await rooms.store.load(tenant, images=True)
     assert found is not None
     return found
 
@@ -107,6 +125,26 @@ async def slots_of(rooms: Rooms, tenant: str = "zoo") -> dict[str, dict[str, flo
     memory = await stored(rooms, tenant)
     names = {spec.id: spec.name for spec in memory.record.config.classes}
     return {names[own]: {slot.id: slot.entropy for slot in bank} for own, bank in memory.slots.items() if bank}
+
+
+async def put(
+    rooms: Rooms,
+    config: TenantConfig,
+    *,
+    fingerprint: str | None = None,
+    slots: Mapping[str, Sequence[StoredSlot]] | None = None,
+) -> Stamp:
+    """Replace the tenant past all that looks after it, as another worker might."""
+    record = await rooms.store.get("zoo")
+    return await rooms.store.replace(
+        "zoo",
+        config,
+        fingerprint or rooms.encoder.fingerprint,
+        expected=None if record is None else record.stamp,
+        labelling=config.labelling,
+        origin={"encoder": fingerprint or rooms.encoder.name},
+        slots={own: StoredBank.of(bank) for own, bank in (slots or {}).items()},
+    )
 
 
 async def fill(rooms: Rooms, slots: Mapping[str, Sequence[tuple[str, float]]], tenant: str = "zoo") -> None:
@@ -129,13 +167,16 @@ async def fill(rooms: Rooms, slots: Mapping[str, Sequence[tuple[str, float]]], t
 
 
 async def test_a_tenant_is_made_and_then_replaced(rooms: Rooms) -> None:
-    first, created = await adapt.put_tenant(rooms, "zoo", colours("red"))
-    assert created
-    assert first == await rooms.store.get("zoo")
-    second, created = await adapt.put_tenant(rooms, "zoo", colours("red", "green"))
-    assert not created
-    assert second == await rooms.store.get("zoo")
-    assert second.stamp.epoch != first.stamp.epoch
+    first = await adapt.put_tenant(rooms, "zoo", colours("red"))
+    assert (first.created, first.job) == (True, None)
+    assert first.record == await rooms.store.get("zoo")
+    second = await adapt.put_tenant(rooms, "zoo", colours("red", "green"))
+    assert (second.created, second.job) == (False, None)
+    record = await rooms.store.get("zoo")
+    assert record is not None
+    assert record.config == second.record.config == colours("red", "green")
+    assert record.labelling == record.config.labelling
+    assert record.stamp.epoch != first.record.stamp.epoch
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "-a"])
@@ -146,7 +187,7 @@ async def test_a_tenant_with_a_malformed_name_is_not_made(rooms: Rooms, name: st
 
 
 async def test_a_configuration_that_is_refused_leaves_the_old_one(rooms: Rooms) -> None:
-    before, _ = await adapt.put_tenant(rooms, "zoo", colours("red"))
+    before = (await adapt.put_tenant(rooms, "zoo", colours("red"))).record
     with pytest.raises(DuplicateClass):
         await adapt.put_tenant(rooms, "zoo", colours("green", " green"))
     with pytest.raises(DuplicateClass):
@@ -156,7 +197,7 @@ async def test_a_configuration_that_is_refused_leaves_the_old_one(rooms: Rooms) 
 
 async def test_classes_are_added_and_removed_while_running(rooms: Rooms) -> None:
     await adapt.put_tenant(rooms, "zoo", colours("red", "green"))
-    record = await adapt.add_classes(rooms, "zoo", [ClassSpec(name=" blue ")])
+    record = (await adapt.add_classes(rooms, "zoo", [ClassSpec(name=" blue ")])).record
     assert [spec.name for spec in record.config.classes] == ["red", "green", "blue"]
     await adapt.remove_class(rooms, "zoo", "green")
     assert [spec.name for spec in (await stored(rooms)).record.config.classes] == ["red", "blue"]
@@ -200,14 +241,14 @@ async def test_a_change_that_another_writer_crossed_is_made_anew_on_what_is_ther
         nonlocal crossed
         if not crossed:
             crossed = True
-            record = await rooms.store.get(tenant)
-            assert record is not None
+            record = await rooms.archive.record(tenant)
             theirs = record.config.with_classes([ClassSpec(name="theirs")])
-            await real(tenant, theirs, record.fingerprint, expected=record.stamp, slots={})
+            others_own = {**others, "expected": record.stamp, "labelling": theirs.labelling}
+            await real(tenant, theirs, record.fingerprint, **others_own)  # type: ignore[arg-type]
         return await real(tenant, config, *args, **others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rooms.store, "replace", crossing)
-    record = await adapt.add_classes(rooms, "zoo", [ClassSpec(name="mine")])
+    record = (await adapt.add_classes(rooms, "zoo", [ClassSpec(name="mine")])).record
     assert [spec.name for spec in record.config.classes] == ["red", "theirs", "mine"]
 
 
@@ -315,9 +356,7 @@ async def test_a_rescored_slot_has_the_entropy_that_classification_gives_its_fea
     await adapt.put_tenant(rooms, "zoo", colours("red", "green"))
     sure = rooms.encoder.encode_texts(["a red red red photo."])[0]
     slots = {class_id("red"): [StoredSlot(id="1", entropy=0.5, feature=encode_feature(sure))]}
-    record = await rooms.store.get("zoo")
-    assert record is not None
-    await rooms.store.replace("zoo", record.config, record.fingerprint, expected=record.stamp, slots=slots)
+    await put(rooms, colours("red", "green"), slots=slots)
     await adapt.add_classes(rooms, "zoo", [ClassSpec(name="blue")])
     entropy = (await slots_of(rooms))["red"]["1"]
     async with rooms.archive.open("zoo") as hot:
@@ -331,13 +370,73 @@ async def test_rescoring_many_slots_goes_through_all_of_them(compass: Rooms) -> 
     await adapt.put_tenant(compass, "zoo", angles("0", "90", slots=256))
     config = replace(angles("0", "90"), slots=2 * count)
     bank = [StoredSlot(id=f"{n:04}", entropy=0.5, feature=encode_feature(at(80.0))) for n in range(count)]
-    record = await compass.store.get("zoo")
-    assert record is not None
-    await compass.store.replace("zoo", config, "fake-1", expected=record.stamp, slots={class_id("0"): bank})
+    await put(compass, config, slots={class_id("0"): bank})
     await adapt.put_tenant(compass, "zoo", angles("0", "90", "1", slots=256))
     found = await slots_of(compass)
     assert set(found) == {"90"}
     assert set(found["90"]) == {f"{n:04}" for n in range(256)}
+
+
+async def test_a_change_waits_a_moment_for_the_rescoring_and_then_tells_of_its_job(
+    compass: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await adapt.put_tenant(compass, "zoo", angles("0", "90"))
+    await fill(compass, {"0": [("a", 5), ("b", 40)]})
+    monkeypatch.setattr(adapt, "_SOON_S", 0.0)
+    gate = threading.Event()
+    real = upkeep._scored
+
+    def slowly(*args: object) -> object:
+        gate.wait(PATIENCE_S)
+        return real(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(upkeep, "_scored", slowly)
+    changed = await adapt.add_classes(compass, "zoo", [ClassSpec(name="45")])
+    assert changed.job is not None
+    assert (changed.job.kind, changed.job.state) == ("rescore", JobState.RUNNING)
+    assert set((await slots_of(compass))["0"]) == {"a", "b"}
+    record = await compass.archive.record("zoo")
+    assert record.labelling == angles("0", "90").labelling != record.config.labelling
+    gate.set()
+    await compass.jobs.wait(changed.job.id, PATIENCE_S)
+    assert {name: set(bank) for name, bank in (await slots_of(compass)).items()} == {"0": {"a"}, "45": {"b"}}
+
+
+async def test_a_change_whose_memory_another_replica_rescores_tells_of_no_job(compass: Rooms) -> None:
+    await adapt.put_tenant(compass, "zoo", angles("0", "90"))
+    record = await compass.archive.record("zoo")
+    assert await compass.store.claim("zoo", f"rescore:{record.stamp.epoch + 1}", 60.0)
+    assert (await adapt.add_classes(compass, "zoo", [ClassSpec(name="45")])).job is None
+    record = await compass.archive.record("zoo")
+    assert record.labelling != record.config.labelling
+
+
+async def test_a_change_that_labels_alike_needs_no_job(compass: Rooms) -> None:
+    await adapt.put_tenant(compass, "zoo", angles("0", "90"))
+    await fill(compass, {"0": [("a", 5)]})
+    assert (await adapt.put_tenant(compass, "zoo", replace(angles("90", "0"), beta=1.0, slots=3))).job is None
+    assert await compass.jobs.every("zoo") == []
+
+
+async def test_fewer_slots_that_cross_a_new_label_set_do_not_pass_its_slots_off_as_scored(
+    compass: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slots that are thinned out must be those that were scored under the label set that the record names."""
+    await adapt.put_tenant(compass, "zoo", angles("0", "90", slots=3))
+    real, crossed = compass.store.load, False
+
+    async def crossing(tenant: str, **others: bool) -> StoredMemory | None:
+        nonlocal crossed
+        if not crossed:
+            crossed = True
+            await put(compass, angles("0", "45", slots=3))
+            await fill(compass, {"0": [("a", 5), ("b", 10), ("c", 15)]})
+        return await real(tenant, **others)
+
+    monkeypatch.setattr(compass.store, "load", crossing)
+    await adapt.put_tenant(compass, "zoo", angles("0", "90", slots=2))
+    found = await slots_of(compass)
+    assert found["0"]["a"] == pytest.approx(entropy_at(5, 0, 90), abs=1e-3)
 
 
 # Another encoder ------------------------------------------------------------------------------------------------------
@@ -347,18 +446,32 @@ async def test_rescoring_many_slots_goes_through_all_of_them(compass: Rooms) -> 
 async def foreign(rooms: Rooms) -> Rooms:
     """Return rooms whose tenant `zoo` was made with another encoder, slots, shots and all."""
     slots = {class_id("red"): [StoredSlot(id="1", entropy=0.5, feature=b"xx")]}
-    stamp = await rooms.store.replace("zoo", colours("red", "green"), "other", expected=None, slots=slots)
-    await rooms.store.add_shots("zoo", stamp, [StoredShot(id="s", class_id=class_id("red"), feature=b"xx")])
+    stamp = await put(rooms, colours("red", "green"), fingerprint="other", slots=slots)
+    shots = [
+        StoredShot(id="s", class_id=class_id("red"), feature=b"xx"),
+        StoredShot(id="kept", class_id=class_id("red"), feature=b"xx", image=picture("red")),
+        StoredShot(id="gone", class_id=class_id("green"), feature=b"xx", image=picture("green")),
+    ]
+    await rooms.store.add_shots("zoo", stamp, shots)
     return rooms
 
 
-async def test_replacing_a_tenant_of_another_encoder_starts_it_anew(foreign: Rooms) -> None:
-    record, created = await adapt.put_tenant(foreign, "zoo", colours("red"))
+async def test_replacing_a_tenant_of_another_encoder_starts_it_anew_but_for_the_images_that_it_kept(
+    foreign: Rooms,
+) -> None:
+    changed = await adapt.put_tenant(foreign, "zoo", colours("red"))
+    assert (changed.created, changed.job) == (False, None)
     memory = await stored(foreign)
-    assert not created
-    assert record == memory.record
-    assert record.fingerprint == foreign.encoder.fingerprint
-    assert (memory.slots, memory.shots) == ({}, {})
+    assert memory.record.config == changed.record.config
+    assert memory.record.fingerprint == foreign.encoder.fingerprint
+    assert memory.record.origin["encoder"] == foreign.encoder.name
+    assert not any(memory.slots.values())
+    ((shot,),) = memory.shots.values()
+    assert (shot.id, shot.image) == ("kept", picture("red"))
+    again, _ = await adapt.add_shots(foreign, "zoo", [LabelledImage(label="red", image=shot.image)], deadline=FOREVER)
+    fresh = {own.id: own for own in (await stored(foreign)).shots[class_id("red")]}
+    assert isinstance(again[0], Shot)
+    assert shot.feature == fresh[again[0].id].feature
 
 
 async def test_adding_a_class_to_a_tenant_of_another_encoder_is_refused_and_loses_nothing(foreign: Rooms) -> None:
@@ -404,11 +517,15 @@ async def test_shots_are_stored_with_their_features_and_told_in_order(rooms: Roo
         assert [len(bank) for bank in hot.snapshot.static.classes] == [1, 1]
 
 
-async def test_a_tenant_that_keeps_images_keeps_them(rooms: Rooms) -> None:
+async def test_a_tenant_that_keeps_images_keeps_them_and_their_bytes_count(rooms: Rooms) -> None:
     await adapt.put_tenant(rooms, "zoo", replace(colours("red"), retention="images"))
     await adapt.add_shots(rooms, "zoo", labelled(("red", 1)), deadline=FOREVER)
     ((shot,),) = (await stored(rooms)).shots.values()
     assert shot.image == picture("red", 1)
+    unread = await rooms.store.load("zoo")
+    assert unread is not None
+    for memory in (unread, await stored(rooms)):
+        assert adapt.held_bytes(memory, rooms.encoder.dim) == 2 * rooms.encoder.dim + len(picture("red", 1))
 
 
 async def test_a_shot_that_is_uploaded_again_is_the_same_one_and_of_another_class_another(rooms: Rooms) -> None:
@@ -488,9 +605,7 @@ async def test_an_upload_that_another_writer_crossed_is_checked_anew(
         nonlocal crossed
         if not crossed:
             crossed = True
-            record = await rooms.store.get(tenant)
-            assert record is not None
-            await rooms.store.replace(tenant, colours("green"), record.fingerprint, expected=record.stamp, slots={})
+            await put(rooms, colours("green"))
         return await real(tenant, since, shots)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rooms.store, "add_shots", crossing)
@@ -554,7 +669,9 @@ async def test_a_reset_names_classes_or_all(compass: Rooms) -> None:
     await fill(compass, {"0": [("a", 5)], "90": [("c", 85)]})
     async with compass.archive.open("zoo"):
         pass
-    stamp = await adapt.reset(compass, "zoo", dynamic=True, static=False, classes=["0"])
+    stamp, saved = await adapt.reset(compass, "zoo", dynamic=True, static=False, classes=["0"])
+    assert saved is not None
+    assert (saved.reason, saved.slots) == ("reset", 2)
     assert set(await slots_of(compass)) == {"90"}
     async with compass.archive.open("zoo") as hot:
         assert [len(bank) for bank in hot.snapshot.dynamic.classes] == [0, 1]

@@ -6,7 +6,7 @@ import pytest
 
 from service.auth import named_tenant
 from service.errors import InvalidRequest
-from service.tenants import DEFAULT_TENANT
+from service.settings import DEFAULT_TENANT
 
 
 @pytest.mark.parametrize(

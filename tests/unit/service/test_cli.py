@@ -24,7 +24,7 @@ from service import cli, logs, serve
 from service.settings import Settings
 from tests.fakes import COLOURS, FakeEncoder, picture
 
-COMMANDS = ("serve", "classify", "evaluate", "replay", "config")
+COMMANDS = ("serve", "classify", "evaluate", "replay", "memory", "config")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,9 +21,18 @@ from core.shelves import Shelves
 from service import desk as desk_module
 from service.archive import Archive
 from service.desk import Desk, Question, Reading
-from service.errors import NoClasses, StoreDown, UnknownTenant
+from service.errors import Contended, NoClasses, StoreAway, StoreDown, UnknownTenant
 from service.metrics import OUTCOMES, Metrics
-from service.stores.base import PushCandidate, Pushed, ReloadNeeded, Stamp, StoredShot, StoredSlot
+from service.stores.base import (
+    PushCandidate,
+    Pushed,
+    ReloadNeeded,
+    Stamp,
+    StoredBank,
+    StoredMemory,
+    StoredShot,
+    StoredSlot,
+)
 from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
 from service.texts import TextFeatures
@@ -30,6 +40,7 @@ from service.worker import Worker
 from tests.fakes import FakeEncoder
 
 PATIENCE_S = 20.0
+SYNC_S = 1.0
 NAMES = ("red", "green", "blue")
 DIM = FakeEncoder.dim
 GROUP = 32
@@ -40,24 +51,42 @@ ONE = 2 * DIM
 
 
 class Store(InProcessStore):
-    """The in-process store, which notes the pushes and does something before each where a test asks for it."""
+    """The in-process store, which notes the pushes and does something before each where a test asks for it.
+
+    While there is a `fault`, the calls of a desk and its archive raise it.
+    """
 
     def __init__(self) -> None:
         super().__init__(clock=lambda: 0.0, remember_s=1.0, remember_bytes=1)
         self.pushes: list[list[str]] = []
         self.before: Callable[[], Awaitable[None]] | None = None
+        self.fault: Exception | None = None
+
+    async def load(self, tenant: str, *, images: bool = False) -> StoredMemory | None:
+        self._ask()
+        return await super().load(tenant, images=images)
+
+    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | None]:
+        self._ask()
+        return await super().stamps(tenants)
 
     async def push(self, tenant: str, since: Stamp, candidates: Sequence[PushCandidate]) -> Pushed:
+        self._ask()
         self.pushes.append([one.slot.id for one in candidates])
         if self.before is not None:
             await self.before()
         return await super().push(tenant, since, candidates)
 
+    def _ask(self) -> None:
+        if self.fault is not None:
+            raise self.fault
+
 
 class Study:
-    """A desk with its archive and store; time stands still, so no memory ever looks for changes by itself."""
+    """A desk with its archive and store; time stands still until it is told, and until then no memory looks around."""
 
-    def __init__(self, *, tenant_max_bytes: int = 1 << 30) -> None:
+    def __init__(self, *, tenant_max_bytes: int = 1 << 30, pending_images: int = 100, serve_stale: bool = True) -> None:
+        self.now = 0.0
         self.store, self.encoder, self.worker = Store(), FakeEncoder(), Worker()
         self.metrics = Metrics(CollectorRegistry())
         texts = TextFeatures(self.worker, self.encoder.encode_texts, max_bytes=1 << 20)
@@ -67,15 +96,37 @@ class Study:
             texts,
             self.worker,
             self.metrics,
-            lambda: 0.0,
+            lambda: self.now,
             max_bytes=1 << 30,
-            sync_s=1.0,
+            sync_s=SYNC_S,
+            serve_stale=serve_stale,
         )
-        self.desk = Desk(self.archive, self.store, self.worker, self.metrics, tenant_max_bytes=tenant_max_bytes)
+        self.desk = Desk(
+            self.archive,
+            self.store,
+            self.worker,
+            self.metrics,
+            tenant_max_bytes=tenant_max_bytes,
+            pending_images=pending_images,
+            serve_stale=serve_stale,
+        )
 
-    async def create(self, tenant: str = "zoo", *, slots: int = 2, learn: bool = True) -> Stamp:
+    async def create(
+        self, tenant: str = "zoo", *, slots: int = 2, learn: bool = True, labelling: str | None = None
+    ) -> Stamp:
         config = TenantConfig(classes=tuple(ClassSpec(name=name) for name in NAMES), slots=slots, learn=learn)
-        return await self.store.replace(tenant, config, self.encoder.fingerprint, expected=None, slots={})
+        return await self.put(tenant, config, labelling=labelling)
+
+    async def put(self, tenant: str, config: TenantConfig, *, labelling: str | None = None) -> Stamp:
+        return await self.store.replace(
+            tenant,
+            config,
+            self.encoder.fingerprint,
+            expected=None,
+            labelling=labelling or config.labelling,
+            origin={"encoder": "fake"},
+            slots={},
+        )
 
     async def ask(self, *questions: Question, tenant: str = "zoo") -> list[Reading]:
         """Ask one after the other."""
@@ -90,15 +141,24 @@ class Study:
                 await settle()
             return await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def contents(self, tenant: str = "zoo") -> dict[str, set[str]]:
-        """Return the ids in each class that holds any."""
+    async def banks(self, tenant: str = "zoo") -> dict[str, StoredBank]:
+        """Return the bank of each class that holds any slot, to the last bit."""
         stored = await self.store.load(tenant)
         assert stored is not None
-        return {
-            name: {slot.id for slot in stored.slots[class_id(name)]}
-            for name in NAMES
-            if stored.slots.get(class_id(name))
-        }
+        return {name: stored.slots[class_id(name)] for name in NAMES if stored.slots.get(class_id(name))}
+
+    async def contents(self, tenant: str = "zoo") -> dict[str, set[str]]:
+        """Return the ids in each class that holds any."""
+        return {name: set(bank.ids) for name, bank in (await self.banks(tenant)).items()}
+
+    def leave(self, fault: Exception | None = None) -> None:
+        """Let the store be away, or do otherwise what it is not asked, from the next look on."""
+        self.store.fault = fault or StoreAway("away")
+        self.now += SYNC_S
+
+    def come_back(self) -> None:
+        self.store.fault = None
+        self.now += SYNC_S
 
     def updates(self) -> dict[str, float]:
         values = {
@@ -159,9 +219,9 @@ async def test_an_image_fills_a_free_slot_of_its_class(study: Study) -> None:
     assert reading.learned.evicted is None
     stored = await study.store.load("zoo")
     assert stored is not None
-    assert stored.slots[class_id("red")] == (
-        StoredSlot(id="1", entropy=reading.learned.entropy, feature=encode_feature(look("red"))),
-    )
+    assert list(stored.slots[class_id("red")]) == [
+        StoredSlot(id="1", entropy=reading.learned.entropy, feature=encode_feature(look("red")))
+    ]
     assert reading.stamp == stored.record.stamp
 
 
@@ -430,26 +490,13 @@ async def test_a_memory_that_keeps_changing_ends_in_a_refusal_and_is_fine_afterw
 
     study.store.before = always
     readings = await study.ask_together(question("red", "1"), question("red", "2"))
-    assert [type(told) for told in readings] == [StoreDown, StoreDown]
-    assert isinstance(readings[0], StoreDown)
+    assert [type(told) for told in readings] == [Contended, Contended]
+    assert isinstance(readings[0], Contended)
     assert readings[0].retry_after_s
     assert len(study.store.pushes) == 3
     study.store.before = None
     assert outcomes(await study.ask(question("red", "1"))) == ["filled"]
     assert not study.desk._queues
-
-
-async def test_a_store_that_is_down_reaches_everybody_who_waits_and_nobody_after(study: Study) -> None:
-    await study.create()
-
-    async def down() -> None:
-        raise StoreDown("down")
-
-    study.store.before = down
-    readings = await study.ask_together(*(question("red", f"{n:02}") for n in range(GROUP + 2)))
-    assert {type(told) for told in readings} == {StoreDown}
-    study.store.before = None
-    assert outcomes(await study.ask(question("red", "1"))) == ["filled"]
 
 
 async def test_a_fault_of_the_reading_reaches_its_callers_and_no_other_tenant(
@@ -471,10 +518,377 @@ def _broken(*_: object) -> Answers:
 async def test_a_tenant_that_cannot_be_opened_says_why(study: Study) -> None:
     with pytest.raises(UnknownTenant):
         await study.ask(question("red", "1"))
-    await study.store.replace("zoo", TenantConfig(), "fake-1", expected=None, slots={})
+    await study.put("zoo", TenantConfig())
     with pytest.raises(NoClasses):
         await study.ask(question("red", "1"))
     assert not study.desk._queues
+
+
+# While the store is away ----------------------------------------------------------------------------------------------
+
+OUTAGES = [(1, len(STREAM)), (1, 2), (3, 9), (7, 12)]
+"""From which image of the stream on the store is away, and from which on it is back."""
+
+
+async def through(study: Study, leaves: int, returns: int) -> list[Reading]:
+    """Ask the stream one after the other, with the store away for a part of it."""
+    readings: list[Reading] = []
+    for n, asked in enumerate(STREAM):
+        if n == leaves:
+            study.leave()
+        if n == returns:
+            study.come_back()
+        readings += await study.ask(asked)
+    study.come_back()
+    return readings
+
+
+@pytest.mark.parametrize(("leaves", "returns"), OUTAGES)
+async def test_answers_go_on_from_the_hot_memory_and_say_so(study: Study, leaves: int, returns: int) -> None:
+    await study.create()
+    readings = await through(study, leaves, returns)
+    assert [reading.stale for reading in readings] == [leaves <= n < returns for n in range(len(STREAM))]
+    assert not any(reading.due for reading in readings)
+    away = outcomes(readings[leaves:returns])
+    assert set(away) <= {"pending", "duplicate", "rejected", "skipped"}
+    assert "pending" in away
+    assert "pending" not in outcomes(readings[:leaves] + readings[returns:])
+
+
+async def test_an_image_that_waits_for_the_store_gets_the_answer_of_one_that_is_stored(study: Study) -> None:
+    """It sees itself; those that wait beside it are not there yet."""
+    await study.create()
+    await study.ask(question("red", "0"))
+    (calm,) = await study.ask(question("green", "1", learn=False))
+    study.leave()
+    (reading, other) = await study.ask(question("green", "1"), question("green", "2", learn=False))
+    assert (reading.learned.outcome, reading.learned.slot, reading.learned.evicted) == ("pending", "1", None)
+    assert torch.equal(reading.fused, calm.fused)
+    alone = Study()
+    await alone.create()
+    assert same((await alone.ask(question("red", "0"), question("green", "2", learn=False)))[1], other)
+    alone.worker.close()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 50])
+@pytest.mark.parametrize(("leaves", "returns"), OUTAGES)
+@pytest.mark.parametrize("how", ["next question", "deliver", "drain"])
+async def test_once_it_is_back_the_memory_is_as_if_the_store_had_never_been_away(
+    slots: int, leaves: int, returns: int, how: str
+) -> None:
+    calm, stormy = Study(), Study()
+    for study in (calm, stormy):
+        await study.create(slots=slots)
+    await calm.ask(*STREAM)
+    await through(stormy, leaves, returns)
+    if how == "next question":
+        await stormy.ask(question("blue", "0", learn=False))
+    else:
+        await getattr(stormy.desk, how)()
+    assert await stormy.banks() == await calm.banks()
+    assert stormy.desk.pending == 0
+    assert stormy.updates().get("lost", 0) == 0
+    for study in (calm, stormy):
+        study.worker.close()
+
+
+async def test_what_waited_is_there_before_the_next_answer_is_given(study: Study) -> None:
+    await study.create()
+    study_of_calm = Study()
+    await study_of_calm.create()
+    for each in (study, study_of_calm):
+        await each.ask(question("blue", "0"))
+    study.leave()
+    await study.ask(question("red", "1"), question("green", "2"))
+    study.come_back()
+    await study_of_calm.ask(question("red", "1"), question("green", "2"))
+    (one,), (other,) = [await each.ask(question("red", "3")) for each in (study, study_of_calm)]
+    assert same(one, other)
+    assert not one.stale
+    study_of_calm.worker.close()
+
+
+async def test_a_push_that_finds_the_store_away_is_kept_for_later(study: Study) -> None:
+    """Even if it came through and only its answer did not: pushed again, it changes nothing."""
+    await study.create()
+    for n, comes_through in enumerate((False, True)):
+
+        async def away(n: int = n, *, comes_through: bool = comes_through) -> None:
+            if comes_through:
+                stamp = (await study.archive.record("zoo")).stamp
+                own = StoredSlot(id=f"{n}", entropy=0.5, feature=encode_feature(look("red")))
+                await InProcessStore.push(
+                    study.store, "zoo", stamp, [PushCandidate(class_id=class_id("red"), slot=own)]
+                )
+            raise StoreAway("away")
+
+        study.store.before = away
+        (reading,) = await study.ask(question("red", f"{n}"))
+        assert (reading.learned.outcome, reading.stale) == ("pending", True)
+        study.store.before = None
+        study.come_back()
+        await study.desk.deliver()
+    assert await study.contents() == {"red": {"0", "1"}}
+
+
+@pytest.mark.parametrize("fault", [StoreDown("full"), Contended()])
+async def test_a_store_that_answers_but_does_not_write_is_as_good_as_away(study: Study, fault: StoreDown) -> None:
+    await study.create()
+    await study.ask(question("blue", "0"))
+
+    async def refuse() -> None:
+        raise fault
+
+    study.store.before = refuse
+    readings = await study.ask(question("red", "1"), question("green", "2"))
+    assert outcomes(readings) == ["pending", "pending"]
+    study.store.before = None
+    study.come_back()
+    await study.desk.deliver()
+    assert await study.contents() == {"red": {"1"}, "green": {"2"}, "blue": {"0"}}
+
+
+async def test_a_store_that_is_away_is_refused_to_everybody_who_waits_where_that_is_the_policy() -> None:
+    study = Study(serve_stale=False)
+    await study.create()
+    await study.ask(question("red", "0"))
+    study.leave()
+    readings = await study.ask_together(*(question("red", f"{n:02}") for n in range(GROUP + 2)))
+    assert {type(told) for told in readings} == {StoreAway}
+    study.come_back()
+    assert outcomes(await study.ask(question("red", "1"))) == ["filled"]
+    assert study.desk.pending == 0
+    study.worker.close()
+
+
+async def test_a_push_that_fails_is_refused_too_where_that_is_the_policy() -> None:
+    study = Study(serve_stale=False)
+    await study.create()
+
+    async def away() -> None:
+        raise StoreAway("away")
+
+    study.store.before = away
+    assert outcomes(await study.ask_together(question("red", "1"))) == ["StoreAway"]
+    assert study.desk.pending == 0
+    study.worker.close()
+
+
+async def test_a_memory_that_is_not_hot_cannot_be_answered_from(study: Study) -> None:
+    await study.create()
+    study.leave()
+    assert outcomes(await study.ask_together(question("red", "1"), question("red", "2"))) == ["StoreAway"] * 2
+
+
+async def test_writes_of_an_epoch_that_is_over_are_lost_and_counted(study: Study) -> None:
+    await study.create()
+    await study.ask(question("blue", "0"))
+    study.leave()
+    await study.ask(question("red", "1"), question("green", "2"))
+    await study.store.reset("zoo", dynamic=True, static=False, class_ids=None)
+    study.come_back()
+    await study.desk.deliver()
+    assert await study.contents() == {}
+    assert study.desk.pending == 0
+    assert study.updates() == {"filled": 1, "pending": 2, "lost": 2}
+
+
+async def test_they_are_lost_and_counted_too_if_the_store_leaves_again_before_they_are_looked_at(study: Study) -> None:
+    await study.create()
+    await study.ask(question("blue", "0"))
+    study.leave()
+    await study.ask(question("red", "1"), question("green", "2"))
+    await study.store.reset("zoo", dynamic=True, static=False, class_ids=None)
+    study.come_back()
+    async with study.archive.open("zoo"):
+        pass  # somebody else looks at the memory, and brings it into its new epoch
+    study.leave()
+    await study.ask(question("red", "3"))
+    study.come_back()
+    await study.desk.deliver()
+    assert await study.contents() == {"red": {"3"}}
+    assert study.updates() == {"filled": 1, "pending": 3, "lost": 2}
+
+
+async def test_writes_of_a_tenant_that_is_gone_are_lost_and_counted(study: Study) -> None:
+    await study.create()
+    await study.ask(question("blue", "0"))
+    study.leave()
+    await study.ask(question("red", "1"))
+    await study.store.delete("zoo")
+    study.come_back()
+    await study.desk.deliver()
+    assert study.desk.pending == 0
+    assert study.updates()["lost"] == 1
+
+
+async def test_writes_beyond_the_bound_are_lost_and_counted_and_claim_no_slot() -> None:
+    study = Study(pending_images=2)
+    await study.create(slots=9)
+    await study.ask(question("blue", "0"))
+    study.leave()
+    readings = await study.ask(*(question("red", f"{n}", 0.1 * n) for n in range(1, 6)))
+    assert outcomes(readings) == ["pending", "pending", "skipped", "skipped", "skipped"]
+    assert [reading.learned.slot for reading in readings] == ["1", "2", None, None, None]
+    assert study.desk.pending == 2
+    assert study.updates()["lost"] == 3
+    study.come_back()
+    await study.desk.deliver()
+    assert await study.contents() == {"blue": {"0"}, "red": {"1", "2"}}
+    study.worker.close()
+
+
+async def test_what_is_purged_meanwhile_does_not_come_back(study: Study) -> None:
+    await study.create()
+    await study.ask(question("red", "1", 0.3))
+    study.leave()
+    await study.ask(question("red", "1", 0.1), question("red", "2"))
+    await study.store.purge("zoo", class_id("red"), "1")
+    study.come_back()
+    await study.desk.deliver()
+    assert await study.contents() == {"red": {"2"}}
+
+
+async def test_many_writes_are_delivered_in_groups(study: Study) -> None:
+    await study.create(slots=100)
+    await study.ask(question("blue", "0"))
+    study.leave()
+    count = 2 * GROUP + 3
+    await study.ask_together(*(question("red", f"{n:02}") for n in range(count)))
+    study.store.pushes.clear()
+    study.come_back()
+    await study.desk.deliver()
+    assert [len(push) for push in study.store.pushes] == [GROUP, GROUP, 3]
+    assert len((await study.contents())["red"]) == count
+
+
+@pytest.mark.parametrize("fault", [StoreAway("away"), StoreDown("full"), ReloadNeeded(), KeyError("torn")])
+async def test_a_delivery_that_fails_in_the_middle_is_taken_up_again(study: Study, fault: Exception) -> None:
+    await study.create(slots=100)
+    await study.ask(question("blue", "0"))
+    study.leave()
+    count = 2 * GROUP
+    await study.ask_together(*(question("red", f"{n:02}") for n in range(count)))
+    study.come_back()
+
+    async def second() -> None:
+        if len(study.store.pushes) == 3:
+            raise fault
+
+    study.store.before = second
+    with suppress(KeyError):
+        await study.desk.deliver()
+    assert study.desk.pending == GROUP
+    study.come_back()
+    await study.desk.deliver()
+    assert study.desk.pending == 0
+    assert len((await study.contents())["red"]) == count
+    assert "lost" not in study.updates()
+
+
+async def test_a_delivery_that_is_cancelled_loses_nothing(study: Study) -> None:
+    """As it is when the service stops."""
+    await study.create()
+    await study.ask(question("blue", "0"))
+    study.leave()
+    await study.ask(question("red", "1"), question("green", "2"))
+    study.come_back()
+    arrived = asyncio.Event()
+
+    async def wait() -> None:
+        arrived.set()
+        await asyncio.Event().wait()
+
+    study.store.before = wait
+    delivering = asyncio.create_task(study.desk.deliver())
+    async with asyncio.timeout(PATIENCE_S):
+        await arrived.wait()
+    delivering.cancel()
+    await asyncio.gather(delivering, return_exceptions=True)
+    study.store.before = None
+    await study.desk.drain()
+    assert await study.contents() == {"red": {"1"}, "green": {"2"}, "blue": {"0"}}
+    assert "lost" not in study.updates()
+
+
+async def test_a_tenant_whose_delivery_fails_holds_up_no_other(study: Study) -> None:
+    for tenant in ("zoo", "farm"):
+        await study.create(tenant)
+        await study.ask(question("blue", "0"), tenant=tenant)
+    study.leave()
+    for tenant in ("zoo", "farm"):
+        await study.ask(question("red", "1"), tenant=tenant)
+    study.come_back()
+    done = False
+
+    async def first() -> None:
+        nonlocal done
+        if not done:
+            done = True
+            raise StoreAway("away")
+
+    study.store.before = first
+    await study.desk.deliver()
+    assert await study.contents("zoo") == {"blue": {"0"}}
+    assert await study.contents("farm") == {"red": {"1"}, "blue": {"0"}}
+
+
+async def test_draining_gives_up_what_cannot_be_delivered_and_counts_it(study: Study) -> None:
+    await study.create()
+    await study.ask(question("blue", "0"))
+    study.leave()
+    await study.ask(question("red", "1"), question("green", "2"))
+    async with asyncio.timeout(PATIENCE_S):
+        await study.desk.drain()
+    assert study.desk.pending == 0
+    assert study.updates()["lost"] == 2
+
+
+async def test_what_was_put_off_a_moment_ago_is_delivered_as_soon_as_the_store_is_back(study: Study) -> None:
+    """However young the memory is: the service may be about to stop."""
+    await study.create()
+    await study.ask(question("blue", "0"))
+    study.store.fault = StoreAway("away")
+    await study.ask(question("red", "1"))
+    study.store.fault = None
+    await study.desk.drain()
+    assert await study.contents() == {"red": {"1"}, "blue": {"0"}}
+
+
+async def test_writes_that_wait_count_against_the_tenants_bytes() -> None:
+    study = Study(tenant_max_bytes=3 * ONE)
+    await study.create(slots=9)
+    await study.ask(question("blue", "0"))
+    study.leave()
+    readings = await study.ask(*(question("red", f"{n}", 0.1 * n) for n in range(1, 6)))
+    assert outcomes(readings) == ["pending", "pending", "skipped", "skipped", "skipped"]
+    study.come_back()
+    await study.desk.deliver()
+    assert sum(map(len, (await study.contents()).values())) == 3
+    study.worker.close()
+
+
+# Due ------------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_memory_that_waits_to_be_rescored_learns_nothing_and_answers_all_the_same(study: Study) -> None:
+    await study.create(labelling="another")
+    readings = await study.ask_together(question("red", "1"), question("green", "2"), question("red", "3", learn=False))
+    assert outcomes(readings) == ["skipped"] * 3
+    for reading, name in zip(readings, ("red", "green", "red"), strict=True):
+        assert isinstance(reading, Reading)
+        assert (reading.stale, reading.due, reading.learned.slot) == (True, True, None)
+        assert reading.names[int(reading.fused.argmax())] == name
+    assert study.store.pushes == []
+
+
+async def test_a_memory_whose_shots_wait_to_be_read_is_due_too(study: Study) -> None:
+    stamp = await study.create()
+    waiting = StoredShot(id="s", class_id=class_id("red"), feature=b"", image=b"an image")
+    await study.store.add_shots("zoo", stamp, [waiting])
+    (reading,) = await study.ask(question("red", "1"))
+    assert (reading.stale, reading.due, reading.learned.outcome) == (True, True, "skipped")
+    assert reading.static is None
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service import errors, images
-from service.errors import PROBLEMS, ServiceError
+from service.errors import PROBLEMS, Contended, ServiceError, StoreAway, StoreDown
 from service.images import ImageFault
 
 FIXED = {
@@ -40,6 +40,9 @@ FIXED = {
 """The surface that clients rely on."""
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError)]
+WORDED = (Contended,)
+"""Refusals that bring their own words."""
+
 FAULTS = [
     kind
     for kind in vars(images).values()
@@ -66,15 +69,28 @@ def test_titles_tell_problem_types_apart() -> None:
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
 def test_every_refusal_has_a_problem_type_and_keeps_its_detail(kind: type[ServiceError]) -> None:
-    error = kind("Why.", retry_after_s=2.5)
+    error = kind() if kind in WORDED else kind("Why.", retry_after_s=2.5)
     assert error.slug in PROBLEMS
-    assert (error.detail, str(error), error.retry_after_s) == ("Why.", "Why.", 2.5)
-    assert kind("Why.").retry_after_s is None
+    assert error.detail == str(error)
+    if kind not in WORDED:
+        assert (error.detail, error.retry_after_s) == ("Why.", 2.5)
+        assert kind("Why.").retry_after_s is None
 
 
-def test_no_two_refusals_share_a_problem_type() -> None:
-    own = [kind.slug for kind in ERRORS if kind is not ServiceError]
+def test_no_two_refusals_share_a_problem_type_but_those_of_the_store() -> None:
+    own = [kind.slug for kind in ERRORS if kind not in (ServiceError, StoreAway, Contended)]
     assert len(set(own)) == len(own)
+
+
+@pytest.mark.parametrize("kind", [StoreAway, Contended])
+def test_whatever_the_store_does_not_do_is_one_problem_to_a_caller(kind: type[ServiceError]) -> None:
+    assert issubclass(kind, StoreDown)
+    assert kind.slug == StoreDown.slug == "store-down"
+
+
+def test_who_meets_a_tenant_that_keeps_changing_is_told_to_come_again() -> None:
+    assert Contended().retry_after_s
+    assert Contended().detail.endswith(".")
 
 
 @pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)

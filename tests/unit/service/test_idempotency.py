@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest
+from service.errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest, StoreAway, StoreDown
 from service.idempotency import Ledger, digest_of
 from service.stores.base import Remembered
 from service.stores.memory import InProcessStore
@@ -141,6 +141,47 @@ async def test_a_malformed_key_is_refused_and_nothing_is_done(ledger: Ledger, ke
 @pytest.mark.parametrize("key", ["a", "a" * 255, "8e03978e-40d5 43:!~"])
 async def test_any_printable_ascii_is_a_key(ledger: Ledger, key: str) -> None:
     await ledger.once("t", key, "d", Work(), wait_s=PATIENCE_S)
+
+
+class Flaky(InProcessStore):
+    """A store that is away for some of its calls."""
+
+    def __init__(self, *away: str) -> None:
+        super().__init__(clock=lambda: 0.0, remember_s=60.0, remember_bytes=10_000)
+        self.away = set(away)
+
+    async def recall(self, tenant: str, key: str) -> Remembered | None:
+        if "recall" in self.away:
+            raise StoreAway("away")
+        return await super().recall(tenant, key)
+
+    async def remember(self, tenant: str, key: str, answer: Remembered) -> None:
+        if "remember" in self.away:
+            raise StoreAway("away")
+        await super().remember(tenant, key, answer)
+
+
+async def test_a_call_is_answered_while_the_store_is_away_and_its_answer_is_not_kept() -> None:
+    """What repeats it changes nothing: images have their ids."""
+    store, work = Flaky("recall", "remember"), Work()
+    ledger = Ledger(store)
+    assert (await ledger.once("t", "key", "d", work, wait_s=PATIENCE_S)).body == b"1"
+    store.away.clear()
+    assert (await ledger.once("t", "key", "d", work, wait_s=PATIENCE_S)).body == b"2"
+    assert (await ledger.once("t", "key", "d", work, wait_s=PATIENCE_S)).body == b"2"
+
+
+async def test_an_answer_that_cannot_be_kept_is_given_all_the_same() -> None:
+    work = Work()
+    assert (await Ledger(Flaky("remember")).once("t", "key", "d", work, wait_s=PATIENCE_S)).body == b"1"
+
+
+async def test_a_call_that_needs_the_store_is_refused_as_without_a_key() -> None:
+    async def needs_it() -> Remembered:
+        raise StoreDown("down")
+
+    with pytest.raises(StoreDown):
+        await Ledger(Flaky("recall", "remember")).once("t", "key", "d", needs_it, wait_s=PATIENCE_S)
 
 
 PARTS = st.lists(st.binary(max_size=6) | st.text(max_size=6), max_size=4)

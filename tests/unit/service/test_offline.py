@@ -48,6 +48,8 @@ def reading(*fused: float) -> Reading:
         learned=Learned(outcome="filled", label="a", entropy=0.0),
         explanation=None,
         stamp=Stamp(epoch=1, version=1),
+        stale=False,
+        due=False,
         timings={},
     )
 

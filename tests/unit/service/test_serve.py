@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ from rich.console import Console
 from service.app import create_app, open_rooms
 from service.errors import Draining
 from service.rooms import Rooms
-from service.serve import _Server
+from service.serve import _kept, _Server
 from service.settings import Settings
 from tests.fakes import FakeEncoder
 
@@ -66,6 +67,21 @@ async def test_it_says_on_which_url_it_answers(rooms: Rooms, host: str) -> None:
         async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
             assert (await client.get("/livez")).status_code == 200
     assert "fake" in line
+    assert "Memories are not kept" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (Settings(store="memory"), "not kept"),
+        (Settings(store="embedded", data_dir=Path("/some/where")), "in /some/where."),
+        (Settings(store="redis://:secret@host"), "in the store."),
+    ],
+)
+def test_it_says_where_memories_are_kept_without_a_password(settings: Settings, told: str) -> None:
+    said = _kept(settings)
+    assert told in said
+    assert "secret" not in said
 
 
 async def test_told_to_stop_it_turns_readiness_off_before_it_refuses_work(rooms: Rooms) -> None:

@@ -18,7 +18,8 @@ OTHER: dict[str, object] = {
     "log_format": "text",
     "encoder": "ViT-B-16/openai",
     "device": "cpu",
-    "store": "embedded",
+    "store": "redis://localhost:6379",
+    "store_down": "refuse",
     "data_dir": Path("/some/where"),
     "embedded_binary": "redis-server",
     "embedded_fsync": "always",
@@ -76,7 +77,7 @@ def test_every_setting_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_times_and_sizes_say_their_unit(name: str) -> None:
-    words = ("delay", "timeout", "wait", "deadline", "ttl")
+    words = ("delay", "timeout", "wait", "deadline", "ttl", "every")
     if any(word in name for word in words):
         assert name.endswith(("_s", "_ms"))
 
@@ -174,6 +175,14 @@ def test_formats_are_a_list_with_commas_in_any_case(text: str, file: Path, monke
         {"deadline_ms": 0},
         {"log_level": "loud"},
         {"store": "memcached"},
+        {"store": ""},
+        {"store_down": "panic"},
+        {"store_timeout_ms": 0},
+        {"pending_images": -1},
+        {"verify_s": -1},
+        {"snapshots": -1},
+        {"snapshot_every_s": -1},
+        {"max_snapshots": 0},
         {"auth": "none"},
     ],
 )
@@ -197,3 +206,24 @@ def test_the_defaults_are_the_documented_limits() -> None:
     assert (settings.max_classes, settings.max_prompts, settings.max_text_chars) == (10_000, 128, 256)
     assert (settings.max_shots, settings.max_slots, settings.tenant_max_bytes) == (1000, 256, 512 * 2**20)
     assert (settings.sync_ms, settings.idempotency_ttl_s) == (200.0, 86_400.0)
+
+
+def test_by_default_memories_are_kept_and_answers_go_on_while_the_store_is_away() -> None:
+    settings = Settings()
+    assert (settings.store, settings.store_down, settings.pending_images) == ("embedded", "serve", 10_000)
+    assert settings.data_dir.name == "dmn"
+    assert (settings.snapshots, settings.snapshot_every_s, settings.verify_s) == (10, 86_400.0, 300.0)
+
+
+@pytest.mark.parametrize(
+    ("store", "kind"),
+    [
+        ("memory", "memory"),
+        ("embedded", "embedded"),
+        ("redis://user:secret@host:6379/0", "redis"),
+        ("rediss+cluster://:secret@host", "rediss+cluster"),
+        ("unix:///run/valkey.sock", "unix"),
+    ],
+)
+def test_what_the_store_is_can_be_said_without_its_address(store: str, kind: str) -> None:
+    assert Settings(store=store).store_kind == kind

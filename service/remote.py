@@ -1,0 +1,113 @@
+"""Commands that talk to a running service: export and import of a tenant's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+PART_BYTES = 1 << 20
+
+_TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
+"""Seconds; a large memory takes its time to be written aside before the service answers."""
+
+
+def export_memory(url: str, tenant: str, path: Path, console: Console, *, force: bool) -> int:
+    """Write a tenant's memory to a file, which is there whole or not at all, and return its bytes.
+
+    Raises:
+        FileExistsError: the file is there, and is not to be replaced.
+        ConnectionError: the service does not answer.
+        ValueError: it refuses; says why.
+    """
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} is there already. Name another file, or say --force to replace it.")
+    partial = path.with_name(f"{path.name}.part")
+    with _client(url, tenant) as client, client.stream("GET", "/admin/memory/export") as answer:
+        if answer.is_error:
+            answer.read()
+        _check(answer)
+        size = int(answer.headers["content-length"])
+        try:
+            with partial.open("wb") as file, _progress(console) as bar:
+                task = bar.add_task(f"Exporting {tenant}", total=size)
+                for part in answer.iter_bytes(PART_BYTES):
+                    file.write(part)
+                    bar.advance(task, len(part))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return size
+
+
+def import_memory(url: str, tenant: str, path: Path, console: Console) -> dict[str, Any]:
+    """Replace a tenant's memory by a file's, or create the tenant, and return what the service says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConnectionError: the service does not answer.
+        ValueError: it refuses; says why, and nothing was changed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    size = path.stat().st_size
+    with _client(url, tenant) as client, path.open("rb") as file, _progress(console) as bar:
+        task = bar.add_task(f"Importing into {tenant}", total=size)
+
+        def parts() -> Iterator[bytes]:
+            while part := file.read(PART_BYTES):
+                yield part
+                bar.advance(task, len(part))
+
+        headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+        answer = client.post("/admin/memory/import", content=parts(), headers=headers)
+    _check(answer)
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+@contextmanager
+def _client(url: str, tenant: str) -> Iterator[httpx.Client]:
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError(f"--url takes a service's address, such as http://127.0.0.1:8000; got {url!r}.")
+    try:
+        with httpx.Client(base_url=url, headers={"X-Tenant": tenant}, timeout=_TIMEOUT) as client:
+            yield client
+    except httpx.ConnectError as error:
+        raise ConnectionError(
+            f"No service answers at {url}. Start one with `dmn serve`, or name it by --url."
+        ) from error
+    except httpx.HTTPError as error:
+        raise ConnectionError(f"The service at {url} broke off: {type(error).__name__}.") from error
+
+
+def _check(answer: httpx.Response) -> None:
+    """Return if a service did what it was asked.
+
+    Raises:
+        ValueError: it did not; says why.
+    """
+    if answer.is_success:
+        return
+    if answer.headers.get("content-type") != "application/problem+json":
+        raise ValueError(f"What answers at {answer.url} is no dmn-clip-service: its status is {answer.status_code}.")
+    problem = answer.json()
+    raise ValueError(f"{problem['title']}: {problem['detail']}")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )

@@ -1,0 +1,288 @@
+"""Snapshots and rollback, export and import, over HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes import picture
+from tests.integration.conftest import Build, House, Json, SoftEncoder, problem
+
+IMAGES = [picture(colour, seed) for seed in range(4) for colour in ("red", "green", "blue")]
+
+
+async def taken(house: House, tenant: str = "default") -> Json:
+    answer = await house.client.post("/admin/memory/snapshots", headers={"X-Tenant": tenant})
+    assert answer.status_code == 201, answer.text
+    return dict(answer.json())
+
+
+async def snapshots(house: House, tenant: str = "default") -> list[Json]:
+    answer = await house.client.get("/admin/memory/snapshots", headers={"X-Tenant": tenant})
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["items"])
+
+
+async def restored(house: House, snapshot: str, tenant: str = "default") -> Json:
+    path = f"/admin/memory/snapshots/{snapshot}/restore"
+    answer = await house.client.post(path, headers={"X-Tenant": tenant})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+async def exported(house: House, tenant: str = "default") -> bytes:
+    answer = await house.client.get("/admin/memory/export", headers={"X-Tenant": tenant})
+    assert answer.status_code == 200, answer.text
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    return answer.content
+
+
+async def imported(house: House, data: bytes, tenant: str = "default") -> httpx.Response:
+    return await house.client.post("/admin/memory/import", content=data, headers={"X-Tenant": tenant})
+
+
+async def answers(house: House, tenant: str = "default") -> list[Any]:
+    """Return everything that is said about a few images, to the last bit, without teaching them."""
+    told = await house.predictions(
+        *(picture("red", 90 + i) for i in range(5)), tenant=tenant, learn=False, explain=True
+    )
+    return [(one["top"], one["readouts"], one["explain"]) for one in told]
+
+
+async def fill(house: House, tenant: str = "default") -> None:
+    assert (await house.upload("red", picture("red", 50), picture("red", 51), tenant=tenant)).status_code == 201
+    await house.predictions(*IMAGES, tenant=tenant)
+
+
+async def test_a_restore_brings_the_same_answers_back_to_the_last_bit(house: House) -> None:
+    await fill(house)
+    before, memory = await answers(house), await house.memory()
+    snapshot = await taken(house)
+    for seed in range(100, 110):
+        await house.predictions(*(picture(colour, seed) for colour in ("red", "green", "blue")))
+    await house.upload("blue", picture("blue", 77))
+    assert await answers(house) != before
+    await restored(house, snapshot["id"])
+    assert await answers(house) == before
+    now = await house.memory()
+    assert (now["dynamic"], now["static"]) == (memory["dynamic"], memory["static"])
+    assert now["epoch"] > memory["epoch"]
+
+
+async def test_a_restore_can_be_undone(house: House) -> None:
+    snapshot = await taken(house)
+    await fill(house)
+    full = await answers(house)
+    undo = (await restored(house, snapshot["id"]))["snapshot"]
+    assert undo["reason"] == "restore"
+    assert (await house.memory())["static"]["classes"][0]["count"] == 0
+    await restored(house, undo["id"])
+    assert await answers(house) == full
+
+
+async def test_a_restore_brings_the_configuration_back_too(house: House) -> None:
+    await fill(house)
+    before = (await house.client.get("/tenants/default")).json()
+    snapshot = await taken(house)
+    await house.put(classes=["red", "yellow"], slots=3, beta=2.0)
+    await restored(house, snapshot["id"])
+    assert (await house.client.get("/tenants/default")).json() == before
+
+
+@pytest.mark.parametrize("scope", ["dynamic", "static", "all"])
+async def test_a_reset_says_which_snapshot_brings_back_what_it_took(house: House, scope: str) -> None:
+    await fill(house)
+    before = await answers(house)
+    answer = await house.client.post("/admin/memory/reset", json={"scope": scope})
+    saved = answer.json()["snapshot"]
+    assert saved["reason"] == "reset"
+    await restored(house, saved["id"])
+    assert await answers(house) == before
+
+
+async def test_an_empty_memory_is_not_worth_a_snapshot(house: House) -> None:
+    answer = await house.client.post("/admin/memory/reset", json={"scope": "all"})
+    assert answer.json()["snapshot"] is None
+    assert await snapshots(house) == []
+
+
+async def test_a_class_that_is_removed_can_be_brought_back(house: House) -> None:
+    await fill(house)
+    before = await answers(house)
+    await house.client.delete("/tenants/default/classes/green")
+    (saved,) = await snapshots(house)
+    assert saved["reason"] == "class-removal"
+    await restored(house, saved["id"])
+    assert await answers(house) == before
+
+
+async def test_snapshots_are_listed_from_the_newest_by_pages(house: House) -> None:
+    ids = [(await taken(house))["id"] for _ in range(3)]
+    first = (await house.client.get("/admin/memory/snapshots", params={"limit": 2})).json()
+    assert [one["id"] for one in first["items"]] == ids[:0:-1]
+    second = (await house.client.get("/admin/memory/snapshots", params={"limit": 2, "cursor": first["next"]})).json()
+    assert ([one["id"] for one in second["items"]], second["next"]) == (ids[:1], None)
+
+
+async def test_a_snapshot_says_what_it_holds(house: House) -> None:
+    await fill(house)
+    memory = await house.memory()
+    told = await taken(house)
+    assert (told["classes"], told["shots"]) == (3, 2)
+    assert told["slots"] == sum(one["count"] for one in memory["dynamic"]["classes"])
+    assert (told["epoch"], told["version"]) == (memory["epoch"], memory["version"])
+    assert told["bytes"] == len(await exported(house))
+    assert (await house.client.get(f"/admin/memory/snapshots/{told['id']}")).json() == told
+
+
+async def test_a_snapshot_that_was_removed_is_unknown(house: House) -> None:
+    path = f"/admin/memory/snapshots/{(await taken(house))['id']}"
+    assert (await house.client.delete(path)).status_code == 204
+    problem(await house.client.delete(path), "unknown-snapshot")
+    problem(await house.client.get(path), "unknown-snapshot")
+    problem(await house.client.post(f"{path}/restore"), "unknown-snapshot")
+
+
+async def test_a_tenant_sees_its_own_snapshots_alone(house: House) -> None:
+    await house.put("other")
+    own = (await taken(house))["id"]
+    assert await snapshots(house, "other") == []
+    answer = await house.client.post(f"/admin/memory/snapshots/{own}/restore", headers={"X-Tenant": "other"})
+    problem(answer, "unknown-snapshot")
+
+
+async def test_old_automatic_snapshots_go_and_asked_for_ones_stay(build: Build) -> None:
+    house = await build(snapshots=2, max_snapshots=4)
+    await house.put()
+    manual = [(await taken(house))["id"] for _ in range(2)]
+    for _ in range(4):
+        await house.predictions(IMAGES[0])
+        await house.reset("all")
+    kept = await snapshots(house)
+    assert [one["reason"] for one in kept] == ["reset", "reset", "manual", "manual"]
+    assert {one["id"] for one in kept[2:]} == set(manual)
+    more = [await house.client.post("/admin/memory/snapshots") for _ in range(3)]
+    assert [answer.status_code for answer in more] == [201, 201, 422]
+    problem(more[2], "limit-exceeded")
+    assert [one["reason"] for one in await snapshots(house)] == ["manual"] * 4
+
+
+async def test_without_room_for_what_a_reset_would_take_nothing_is_reset(build: Build) -> None:
+    house = await build(snapshot_max_bytes=1000)
+    await house.put()
+    await fill(house)
+    before = await answers(house)
+    problem(await house.client.post("/admin/memory/reset", json={"scope": "all"}), "limit-exceeded")
+    assert await answers(house) == before
+
+
+async def test_no_snapshots_are_taken_where_the_operator_wants_none(build: Build) -> None:
+    house = await build(snapshots=0)
+    await house.put()
+    await fill(house)
+    assert (await house.client.post("/admin/memory/reset", json={"scope": "all"})).json()["snapshot"] is None
+    assert await snapshots(house) == []
+
+
+# Export and import ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_exported_memory_answers_the_same_in_another_installation(build: Build) -> None:
+    house, other = await build(), await build()
+    await house.put()
+    await fill(house)
+    answer = await imported(other, await exported(house), "moved")
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["tenant"] == "moved"
+    assert await answers(other, "moved") == await answers(house)
+    assert await house.shots() == await other.shots("moved")
+
+
+async def test_an_import_says_which_snapshot_brings_back_what_was_there(house: House) -> None:
+    await house.put("other")
+    await fill(house)
+    before = await answers(house)
+    saved = (await imported(house, await exported(house, "other"))).json()["snapshot"]
+    assert saved["reason"] == "import"
+    await restored(house, saved["id"])
+    assert await answers(house) == before
+
+
+async def test_a_purged_slot_stays_barred_in_an_export(house: House) -> None:
+    await house.predictions(IMAGES[0])
+    (slot,) = await house.slots("red")
+    await house.client.delete(f"/memory/dynamic/red/{slot['slot']}")
+    assert (await imported(house, await exported(house))).status_code == 200
+    assert await house.outcomes(IMAGES[0]) == ["rejected"]
+
+
+async def test_the_images_of_shots_travel_along_where_they_are_kept(house: House) -> None:
+    await house.put(retention="images")
+    await fill(house)
+    data = await exported(house)
+    assert picture("red", 50) in data
+    await imported(house, data, "moved")
+    assert await exported(house, "moved") != b""
+    assert picture("red", 50) in await exported(house, "moved")
+
+
+async def hurt(data: bytes, how: str) -> bytes:
+    if how == "cut":
+        return data[: len(data) // 2]
+    if how == "foreign":
+        return b"PK\x03\x04" + data
+    if how == "empty":
+        return b""
+    size = int.from_bytes(data[:8], "little")
+    body = bytearray(data)
+    if how == "sizes":
+        body[:8] = (size + 2**40).to_bytes(8, "little")
+        return bytes(body)
+    at = len(data) - (len(data) - 8 - size) // 2
+    assert how == "nan"
+    body[at : at + 64] = b"\xff\x7f" * 32
+    return bytes(body)
+
+
+@pytest.mark.parametrize("how", ["cut", "foreign", "empty", "sizes", "nan"])
+async def test_a_file_that_is_no_whole_memory_is_refused_and_nothing_changes(house: House, how: str) -> None:
+    await fill(house)
+    before, memory = await answers(house), await house.memory()
+    answer = await imported(house, await hurt(await exported(house), how))
+    problem(answer, "invalid-request")
+    assert await house.memory() == memory
+    assert await answers(house) == before
+    assert await snapshots(house) == []
+
+
+async def test_a_memory_of_another_encoder_is_refused_with_what_differs(build: Build) -> None:
+    house = await build()
+    encoder = SoftEncoder()
+    encoder.fingerprint, encoder.origin = "another", {"architecture": "fake", "weights": "another"}
+    other = await build(encoder)
+    await house.put()
+    await fill(house)
+    told = problem(await imported(other, await exported(house)), "fingerprint-mismatch")
+    assert "weights" in told["detail"]
+    assert "DMN_ENCODER" in told["detail"]
+    assert (await other.memory())["static"]["classes"] == []
+
+
+async def test_a_file_may_be_larger_than_any_other_body_but_not_without_limit(build: Build) -> None:
+    house = await build(max_body_bytes=20_000, max_inflight_bytes=20_000, max_import_bytes=200_000)
+    await house.put()
+    for image in IMAGES:
+        await house.predictions(image)
+    data = await exported(house)
+    small = await build(max_import_bytes=len(data) - 1)
+    assert (await imported(house, data)).status_code == 200
+    problem(await imported(small, data), "body-too-large")
+
+
+async def test_a_tenant_that_is_not_there_cannot_be_exported(house: House) -> None:
+    told = {"X-Tenant": "nobody"}
+    problem(await house.client.get("/admin/memory/export", headers=told), "unknown-tenant")
+    problem(await house.client.get("/admin/memory/snapshots", headers=told), "unknown-tenant")
+    problem(await house.client.post("/admin/memory/snapshots", headers=told), "unknown-tenant")

@@ -1,0 +1,204 @@
+"""The service while its store is away: a real server that hangs, or is killed and comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fakes import picture
+from tests.integration.conftest import Build, House, problem, until
+from tests.servers import BINARIES, PATIENCE_S, wait_until_listening
+
+pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
+
+REDS = [picture("red", seed) for seed in range(12)]
+
+
+class Server:
+    """A server that writes what it holds to a folder, can hang, die, and come back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = folder / "s.sock"
+        files = ("--unixsocket", str(self.socket), "--dir", str(folder), "--appendonly", "yes", "--save", "")
+        self._command = (str(BINARIES["valkey"]), "--port", "0", *files)
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        wait_until_listening(self.process, self.socket)
+
+    def hang(self) -> None:
+        os.kill(self.process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
+
+    def die(self) -> None:
+        self.process.kill()
+        self.process.wait(PATIENCE_S)
+        self.socket.unlink()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """Yield a server that is there."""
+    own = Server(tmp_path)
+    yield own
+    own.process.kill()
+    own.process.wait(PATIENCE_S)
+
+
+async def opened(build: Build, server: Server, **settings: object) -> House:
+    house = await build(**({"store": server.url, "store_timeout_ms": 300, "sync_ms": 0} | settings))
+    assert (await house.put(slots=20)).status_code in (200, 201)
+    return house
+
+
+async def ready(house: House) -> tuple[int, bool]:
+    answer = await house.client.get("/readyz")
+    return answer.status_code, answer.json()["checks"]["store"]["ok"]
+
+
+async def back(house: House) -> None:
+    """Wait until the service has noticed that its store is back."""
+    for _ in range(1000):
+        if (await ready(house))[1]:
+            return
+    raise AssertionError("the store did not come back")
+
+
+@pytest.mark.parametrize("fault", ["hang", "die"])
+async def test_answers_go_on_from_the_hot_memory_and_are_learned_when_the_store_is_back(
+    build: Build, server: Server, fault: str
+) -> None:
+    house = await opened(build, server)
+    assert await house.outcomes(REDS[0]) == ["filled"]
+    getattr(server, fault)()
+    answer = (await house.classify(*REDS[1:4])).json()
+    assert [one["learned"]["outcome"] for one in answer["predictions"]] == ["pending"] * 3
+    assert answer["memory"]["state"] == "stale"
+    assert {one["label"] for one in answer["predictions"]} == {"red"}
+    server.go_on() if fault == "hang" else server.start()
+    await until(lambda: house.rooms.desk.pending == 0)
+    slots = {slot["slot"] for slot in await house.slots("red")}
+    assert slots >= {one["learned"]["slot"] for one in answer["predictions"]}
+    answer = (await house.classify(REDS[0])).json()
+    assert (answer["memory"]["state"], answer["predictions"][0]["learned"]["outcome"]) == ("fresh", "duplicate")
+    assert (await house.metrics())['dmn_memory_updates_total{outcome="lost"}'] == 0
+
+
+async def test_where_stale_answers_are_not_wanted_calls_are_refused_until_the_store_is_back(
+    build: Build, server: Server
+) -> None:
+    house = await opened(build, server, store_down="refuse")
+    await house.predictions(REDS[0])
+    server.hang()
+    assert problem(await house.classify(REDS[1]), "store-down")["retry_after"]
+    assert await ready(house) == (503, False)
+    server.go_on()
+    await back(house)
+    assert await house.outcomes(REDS[1]) == ["filled"]
+
+
+async def test_a_tenant_that_nobody_has_asked_for_lately_has_to_wait_for_the_store(
+    build: Build, server: Server
+) -> None:
+    house = await opened(build, server)
+    await house.put("cold")
+    await house.predictions(REDS[0])
+    server.hang()
+    assert problem(await house.classify(REDS[1], tenant="cold"), "store-down")["retry_after"]
+    assert await house.outcomes(REDS[1]) == ["pending"]
+    server.go_on()
+
+
+async def test_readiness_tells_the_truth_while_answers_go_on(build: Build, server: Server) -> None:
+    house = await opened(build, server)
+    await house.predictions(REDS[0])
+    assert await ready(house) == (200, True)
+    server.hang()
+    assert await ready(house) == (200, False)
+    house.rooms.archive.drop("default")
+    assert await ready(house) == (503, False)
+    server.go_on()
+
+
+async def test_what_changes_a_memory_is_refused_and_told_when_to_come_back(build: Build, server: Server) -> None:
+    house = await opened(build, server)
+    await house.predictions(REDS[0])
+    server.hang()
+    reset = await house.client.post("/admin/memory/reset", json={"scope": "all"})
+    for answer in (await house.upload("red", REDS[1]), reset, await house.put(), await house.client.get("/memory")):
+        assert problem(answer, "store-down")["retry_after"]
+    server.go_on()
+    await back(house)
+    assert len(await house.slots("red")) == 1
+    assert await house.shots() == []
+
+
+async def test_a_store_that_hangs_is_waited_for_once_and_not_by_every_call(build: Build, server: Server) -> None:
+    house = await opened(build, server, store_timeout_ms=300)
+    await house.predictions(REDS[0])
+    server.hang()
+    await house.predictions(REDS[1])
+    asked = await house.metrics()
+    assert await house.outcomes(*REDS[2:6]) == ["pending"] * 4
+    told = await house.metrics()
+    errors = [name for name in told if name.startswith("dmn_store_errors_total")]
+    assert sum(told[name] for name in errors) == sum(asked.get(name, 0.0) for name in errors)
+    server.go_on()
+
+
+async def test_what_no_longer_fits_among_the_writes_that_wait_is_counted(build: Build, server: Server) -> None:
+    house = await opened(build, server, pending_images=2)
+    await house.predictions(REDS[0])
+    server.hang()
+    assert await house.outcomes(*REDS[1:5]) == ["pending", "pending", "skipped", "skipped"]
+    assert (await house.metrics())['dmn_memory_updates_total{outcome="lost"}'] == 2
+    server.go_on()
+    await until(lambda: house.rooms.desk.pending == 0)
+    assert len(await house.slots("red")) == 3
+
+
+async def test_what_waits_for_a_memory_that_was_reset_meanwhile_is_given_up(build: Build, server: Server) -> None:
+    house = await opened(build, server)
+    other = await build(store=server.url)
+    await house.predictions(REDS[0])
+    server.hang()
+    assert await house.outcomes(*REDS[1:3]) == ["pending"] * 2
+    server.go_on()
+    await back(other)
+    await other.reset("all")
+    await until(lambda: house.rooms.desk.pending == 0)
+    assert await house.slots("red") == []
+    assert (await house.metrics())['dmn_memory_updates_total{outcome="lost"}'] == 2
+
+
+async def test_a_call_with_an_idempotency_key_goes_on_too(build: Build, server: Server) -> None:
+    house = await opened(build, server)
+    await house.predictions(REDS[0])
+    server.hang()
+    answer = await house.classify(REDS[1], headers={"Idempotency-Key": "one"})
+    assert answer.json()["predictions"][0]["learned"]["outcome"] == "pending"
+    server.go_on()
+
+
+async def test_a_service_that_stops_delivers_what_waits_first(build: Build, server: Server) -> None:
+    house, other = await opened(build, server), await build(store=server.url)
+    await house.predictions(REDS[0])
+    server.hang()
+    assert await house.outcomes(REDS[1]) == ["pending"]
+    server.go_on()
+    await back(house)
+    await house.rooms.desk.drain()
+    assert house.rooms.desk.pending == 0
+    assert len(await other.slots("red")) == 2
