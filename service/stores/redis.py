@@ -180,7 +180,7 @@ class RedisStore:
             "delete.lua", (keys.config, keys.snapshots, keys.log, keys.jobs, *keys.answers), (FORMAT,)
         )
         if told[0] < 0:
-            raise _other_format(tenant)
+            raise _other_format(f"The tenant {tenant!r}")
         await self._do(self._client.zrem(TENANTS, tenant))
         for id_ in told[1:]:
             await self._do(self._client.unlink(keys.snapshot(id_.decode())))
@@ -480,8 +480,9 @@ class RedisStore:
 
 
 def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
-    if fields[b"format"] != str(FORMAT).encode():
-        raise _other_format(fields[b"name"].decode(), fields[b"format"].decode(errors="replace"))
+    found = fields.get(b"format", b"(none)").decode(errors="replace")
+    if found != str(FORMAT):
+        raise _other_format(f"The tenant {fields.get(b'name', b'').decode(errors='replace')!r}", found)
     return TenantRecord(
         name=fields[b"name"].decode(),
         config=TenantConfig.from_json(fields[b"config"]),

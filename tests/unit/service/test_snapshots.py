@@ -22,7 +22,6 @@ from service.errors import (
     InvalidRequest,
     LimitExceeded,
     ServiceError,
-    StoreAway,
     UnknownSnapshot,
     UnknownTenant,
 )
@@ -532,60 +531,73 @@ async def test_a_restore_of_the_oldest_one_is_not_cut_short_by_what_it_saves(hou
 # On schedule ----------------------------------------------------------------------------------------------------------
 
 
-async def test_on_schedule_one_is_taken_a_period_by_whichever_replica_comes_first(house: House, zoo: Rooms) -> None:
-    other = await house.open()
+async def _periods(house: House, rooms: Rooms, count: int) -> None:
+    """Let so many periods pass, with a look at the schedule at the end of each."""
+    for _ in range(count):
+        house.clock.now += DAY_S
+        await snapshots.on_schedule(rooms, "zoo")
+
+
+async def test_the_first_one_on_schedule_comes_after_a_period_and_then_one_a_period(house: House, zoo: Rooms) -> None:
+    for _ in range(3):
+        await snapshots.on_schedule(zoo, "zoo")
+        assert await house.reasons() == []
     for day in range(3):
         await house.learn(f"day{day}", seed=day)
-        for rooms in (zoo, other, zoo):
+        house.clock.now += DAY_S - 1.0
+        await snapshots.on_schedule(zoo, "zoo")
+        assert await house.reasons() == ["schedule"] * day
+        house.clock.now += 1.0
+        await snapshots.on_schedule(zoo, "zoo")
+        assert await house.reasons() == ["schedule"] * (day + 1)
+
+
+async def test_of_two_replicas_one_takes_it_whichever_comes_first(house: House, zoo: Rooms) -> None:
+    other = await house.open()
+    for rooms in (zoo, other):
+        await snapshots.on_schedule(rooms, "zoo")
+    for day in range(4):
+        await house.learn(f"day{day}", seed=day)
+        house.clock.now += DAY_S
+        for rooms in (zoo, other) if day % 2 else (other, zoo):
             await snapshots.on_schedule(rooms, "zoo")
             assert await house.reasons() == ["schedule"] * (day + 1)
-        house.clock.now += DAY_S - 1.0
-        await snapshots.on_schedule(other, "zoo")
-        assert await house.reasons() == ["schedule"] * (day + 1)
-        house.clock.now += 1.0
+
+
+async def test_a_tenant_in_use_never_misses_one(house: House, zoo: Rooms) -> None:
+    await snapshots.on_schedule(zoo, "zoo")
+    for day in range(snapshots._SCHEDULES + 5):
+        await house.learn(f"day{day}", seed=day)
+        await adapt.reset(zoo, "zoo", dynamic=True, static=False, classes=["green"])
+        await _periods(house, zoo, 1)
+        last = (await house.store.snapshots("zoo"))[-1]
+        assert (last.reason, last.created) == ("schedule", house.clock.now)
 
 
 async def test_on_schedule_none_is_taken_of_what_did_not_change(house: House, zoo: Rooms) -> None:
+    await snapshots.on_schedule(zoo, "zoo")
     await snapshots.take(zoo, "zoo")
-    for _ in range(3):
-        await snapshots.on_schedule(zoo, "zoo")
-        house.clock.now += DAY_S
+    await _periods(house, zoo, 3)
     assert await house.reasons() == ["manual"]
     await house.learn("new", seed=9)
-    await snapshots.on_schedule(zoo, "zoo")
+    await _periods(house, zoo, 3)
     assert await house.reasons() == ["manual", "schedule"]
 
 
 async def test_on_schedule_none_is_taken_of_an_empty_memory_or_of_nobody(house: House, rooms: Rooms) -> None:
     await adapt.put_tenant(rooms, "zoo", colours())
     for tenant in ("zoo", "farm"):
-        await snapshots.on_schedule(rooms, tenant)
+        for _ in range(3):
+            await snapshots.on_schedule(rooms, tenant)
+            house.clock.now += DAY_S
     assert await house.told() == []
 
 
+@pytest.mark.usefixtures("zoo")
 @pytest.mark.parametrize("settings", [{"snapshot_every_s": 0.0}, {"snapshots": 0}])
-async def test_without_a_schedule_none_is_taken(house: House, zoo: Rooms, settings: dict[str, float]) -> None:
-    del zoo
-    never = await house.open(**settings)
-    for _ in range(3):
-        await snapshots.on_schedule(never, "zoo")
-        house.clock.now += DAY_S
+async def test_without_a_schedule_none_is_taken(house: House, settings: dict[str, float]) -> None:
+    await _periods(house, await house.open(**settings), 3)
     assert await house.told() == []
-
-
-async def test_one_that_failed_is_taken_long_before_the_next_is_due(
-    house: House, zoo: Rooms, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def away(*_: object, **__: object) -> None:
-        raise StoreAway("away")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(house.store, "keep_snapshot", away)
-        with pytest.raises(StoreAway):
-            await snapshots.on_schedule(zoo, "zoo")
-    house.clock.now += DAY_S / 24
-    await snapshots.on_schedule(zoo, "zoo")
-    assert await house.reasons() == ["schedule"]
 
 
 async def test_a_bank_of_the_store_reads_the_same_after_any_number_of_journeys(house: House, zoo: Rooms) -> None:

@@ -1,0 +1,94 @@
+"""What another version of the service stored is refused with a clear line, and nothing of it is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+import pytest_asyncio
+from redis.asyncio import Redis
+
+from service.app import open_rooms
+from service.errors import FingerprintMismatch
+from service.settings import Settings
+from service.stores.base import Job, JobState, SnapshotInfo, Stamp
+from service.stores.connection import connect
+from service.stores.redis import RedisStore
+from service.tenants import ClassSpec, TenantConfig
+from tests.fakes import FakeEncoder
+from tests.servers import BINARIES, server
+
+pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
+
+CONFIG = TenantConfig(classes=(ClassSpec(name="red"),))
+STAMP = Stamp(epoch=1, version=0)
+
+
+class Shelf:
+    """A store whose tenant `default` was written by another version, and a client that looks at it."""
+
+    def __init__(self, url: str, client: Redis, store: RedisStore) -> None:
+        self.url, self.client, self.store = url, client, store
+
+    async def contents(self) -> dict[bytes, bytes]:
+        return {key: await self.client.dump(key) for key in sorted(await self.client.keys("*"))}
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def shelf() -> AsyncIterator[Shelf]:
+    """Yield a store with one tenant, whose format is not ours."""
+    with server(str(BINARIES["valkey"])) as running:
+        client = Redis.from_url(running.url)
+        store = RedisStore(connect(running.url, timeout_s=5.0), clock=lambda: 0.0, remember_s=1.0, remember_bytes=1)
+        await store.replace("default", CONFIG, "f", expected=None, labelling="", origin={})
+        await store.keep_snapshot("default", _info(), (b"file",))
+        await store.note_job("default", Job(id="j", kind="k", state=JobState.DONE, created=0.0, updated=0.0))
+        await client.hset("dmn:{default}:cfg", "format", "9")
+        yield Shelf(running.url, client, store)
+        await store.aclose()
+        await client.aclose()
+
+
+def _info() -> SnapshotInfo:
+    return SnapshotInfo(
+        id="s", created=0.0, reason="manual", fingerprint="f", stamp=STAMP, classes=1, slots=0, shots=0, bytes=4
+    )
+
+
+CALLS: dict[str, Callable[[RedisStore], Awaitable[object]]] = {
+    "get": lambda store: store.get("default"),
+    "load": lambda store: store.load("default"),
+    "replace": lambda store: store.replace("default", CONFIG, "f", expected=STAMP, labelling="", origin={}),
+    "delete": lambda store: store.delete("default"),
+    "purge": lambda store: store.purge("default", CONFIG.classes[0].id, "1"),
+    "reset": lambda store: store.reset("default", dynamic=True, static=True, class_ids=None),
+    "remove_shots": lambda store: store.remove_shots("default", ["1"]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_tenant_of_another_format_is_refused_and_stays_as_it_is(shelf: Shelf, call: str) -> None:
+    before = await shelf.contents()
+    with pytest.raises(FingerprintMismatch, match="'default' is stored in format"):
+        await CALLS[call](shelf.store)
+    assert await shelf.contents() == before
+
+
+@pytest.mark.parametrize("what", ["snaps", "jobs"])
+async def test_a_snapshot_or_job_of_another_format_is_refused_and_stays_as_it_is(shelf: Shelf, what: str) -> None:
+    key = f"dmn:{{default}}:{what}"
+    ((id_, text),) = (await shelf.client.hgetall(key)).items()
+    await shelf.client.hset(key, id_, json.dumps({**json.loads(text), "format": 9}))
+    before = await shelf.contents()
+    with pytest.raises(FingerprintMismatch, match="format 9"):
+        await {"snaps": shelf.store.snapshots, "jobs": shelf.store.jobs}[what]("default")
+    assert await shelf.contents() == before
+
+
+async def test_a_service_does_not_start_on_a_store_of_another_format(shelf: Shelf) -> None:
+    before = await shelf.contents()
+    with pytest.raises(FingerprintMismatch, match="Serve it with the version that wrote it"):
+        async with open_rooms(Settings(store=shelf.url), FakeEncoder()):
+            pass
+    assert await shelf.contents() == before
