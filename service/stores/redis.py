@@ -146,30 +146,31 @@ class RedisStore:
         await self._do(self._client.zadd(TENANTS, {tenant: 0}))
         epoch = int(await self._do(self._client.incr(keys.epochs)))
         present = _Places.of(known) if known else _Places(bank=epoch, pile=epoch)
-        old_ids = [spec.id for spec in old.config.classes] if old else []
         stay = {spec.id for spec in config.classes}
-        if old is None or (slots is None and old.fingerprint != fingerprint):
-            slots = slots or {}
-        if old is None:
-            shots = shots or ()
+        leaves = [spec.id for spec in old.config.classes if spec.id not in stay] if old else []
+        if slots is None and (old is None or old.fingerprint != fingerprint):
+            slots = {}
         if slots is None:
-            await self._note_bank(keys, present.bank, stay.union(old_ids))
+            await self._note_bank(keys, present.bank, stay.union(leaves))
         else:
-            await self._write_bank(keys, epoch, {own: bank for own, bank in slots.items() if own in stay}, stay)
-            await self._bar(keys, epoch, _without_slots(barred, slots, stay))
-        if shots is not None:
-            await self._write_pile(keys, epoch, [shot for shot in shots if shot.class_id in stay])
-        leaves = [own for own in old_ids if own not in stay]
-        bank, pile = "" if slots is None else str(epoch), "" if shots is None else str(epoch)
+            await self._write_bank(keys, epoch, slots, barred, stay)
+        if shots is not None or old is None:
+            await self._write_pile(keys, epoch, [shot for shot in shots or () if shot.class_id in stay])
+        read = _Places(
+            bank=present.bank if slots is None else epoch,
+            pile=epoch if shots is not None or old is None else present.pile,
+        )
         at = ("", "") if expected is None else (expected.epoch, expected.version)
         about = (FORMAT, tenant, config.to_json(), fingerprint, json.dumps(dict(origin)), labelling, config.slots)
         touched = (keys.config, keys.log, *keys.shots(present.pile), *keys.every_slot(present.bank, leaves))
-        version = int(await self._run("replace.lua", touched, (*at, int(exact), epoch, bank, pile, *about, *leaves)))
+        args = (*at, int(exact), epoch, read.bank, read.pile, *about, *leaves)
+        version = int(await self._run("replace.lua", touched, args))
         if version < 0:
-            for name in (f"b{epoch}", f"s{epoch}"):
-                await self._remove_written(keys, name)
+            # By the ids at hand: whoever was faster may have swept the list of them, while this was still writing.
+            await self._remove_written(keys, f"b{epoch}", stay)
+            await self._remove_written(keys, f"s{epoch}")
             raise Conflict(tenant)
-        await self._sweep(keys, epoch, (f"b{bank or present.bank}", f"s{pile or present.pile}"))
+        await self._sweep(keys, epoch, read)
         return Stamp(epoch=epoch, version=version)
 
     async def delete(self, tenant: str) -> bool:
@@ -373,25 +374,30 @@ class RedisStore:
         return {own: tuple(held) for own, held in out.items()}
 
     async def _write_bank(
-        self, keys: Keys, number: int, slots: Mapping[str, StoredBank], classes: Collection[str]
+        self,
+        keys: Keys,
+        number: int,
+        slots: Mapping[str, StoredBank],
+        barred: Iterable[tuple[str, str]],
+        classes: Collection[str],
     ) -> None:
+        """Write the slots and the barred ids of some classes."""
         await self._note_bank(keys, number, classes)
         commands: list[tuple[str | bytes | float, ...]] = []
         waiting = 0
-        for class_id, bank in slots.items():
+        for class_id in classes:
             z, h = keys.slots(number, class_id)
-            for part in _weighed(list(bank), lambda slot: len(slot.feature)):
+            for part in _weighed(list(slots.get(class_id, ())), lambda slot: len(slot.feature)):
                 commands.append(("ZADD", z, *(value for slot in part for value in (repr(slot.entropy), slot.id))))
                 commands.append(("HSET", h, *(value for slot in part for value in (slot.id, slot.feature))))
                 waiting += sum(len(slot.feature) for slot in part)
                 if waiting >= SLICE_BYTES:
                     await self._together(commands)
                     commands, waiting = [], 0
+        held = {own: set(bank.ids) for own, bank in slots.items()}
+        free = ((own, id_) for own, id_ in barred if own in classes and id_ not in held.get(own, ()))
+        commands += [("HSET", keys.slots(number, own)[1], id_, b"") for own, id_ in free]
         await self._together(commands)
-
-    async def _bar(self, keys: Keys, number: int, barred: Sequence[tuple[str, str]]) -> None:
-        for part in _parts(barred, _SWEEP_KEYS):
-            await self._together([("HSET", keys.slots(number, own)[1], id_, b"") for own, id_ in part])
 
     async def _write_pile(self, keys: Keys, number: int, shots: Sequence[StoredShot]) -> None:
         await self._do(self._client.hset(keys.written, f"s{number}", ""))
@@ -416,17 +422,18 @@ class RedisStore:
             pipeline.execute_command(*command)
         await self._do(pipeline.execute())
 
-    async def _sweep(self, keys: Keys, before: int, read: Collection[str] = ()) -> None:
+    async def _sweep(self, keys: Keys, before: int, read: _Places | None = None) -> None:
         """Remove banks and piles that were written before an epoch, but for those that are read."""
+        kept = () if read is None else (f"b{read.bank}", f"s{read.pile}")
         for name in [name.decode() for name in await self._do(self._client.hkeys(keys.written))]:
-            if int(name[1:]) < before and name not in read:
+            if int(name[1:]) < before and name not in kept:
                 await self._remove_written(keys, name)
 
-    async def _remove_written(self, keys: Keys, name: str) -> None:
+    async def _remove_written(self, keys: Keys, name: str, classes: Collection[str] = ()) -> None:
         """Remove a bank or a pile that nothing reads from any more, a slice at a time."""
-        classes = (await self._do(self._client.hget(keys.written, name)) or b"").decode().split()
+        noted = (await self._do(self._client.hget(keys.written, name)) or b"").decode().split()
         number = int(name[1:])
-        gone = keys.every_slot(number, classes) if name.startswith("b") else keys.shots(number)
+        gone = keys.every_slot(number, {*noted, *classes}) if name.startswith("b") else keys.shots(number)
         for part in _parts(gone, _SWEEP_KEYS):
             await self._do(self._client.unlink(*part))
         await self._do(self._client.hdel(keys.written, name))
@@ -510,14 +517,6 @@ def _changed(slots: Mapping[str, StoredBank], changes: Sequence[Change]) -> dict
         own.pop(change.evicted or "", None)
         own[change.slot.id] = change.slot
     return {**slots, **{class_id: StoredBank.of(own.values()) for class_id, own in touched.items()}}
-
-
-def _without_slots(
-    barred: Iterable[tuple[str, str]], slots: Mapping[str, StoredBank], classes: Collection[str]
-) -> list[tuple[str, str]]:
-    """Return the barred ids of some classes, but for those of slots: an id is one or the other."""
-    held = {own: set(bank.ids) for own, bank in slots.items()}
-    return [(own, id_) for own, id_ in barred if own in classes and id_ not in held.get(own, ())]
 
 
 def _owner(shot: StoredShot) -> str:

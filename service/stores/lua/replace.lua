@@ -3,7 +3,7 @@
 -- KEYS  1 configuration (hash), 2 log, the present pile: 3 shots' classes (hash, shot id -> class id and size of the
 --       image), 4 features, 5 images; then keys of the present bank that leave
 -- ARGV  1 and 2 epoch and version that the caller has seen ('' if there must be no tenant), 3 whether slots that were
---       written since matter (1 or 0), 4 new epoch, 5 bank and 6 pile (either '' to keep the present one), 7 format,
+--       written since matter (1 or 0), 4 new epoch, 5 bank and 6 pile that are to be read, 7 format,
 --       8 name, 9 configuration (JSON), 10 fingerprint, 11 origin (JSON), 12 labelling version of the slots, 13 slots a
 --       class, then ids of classes that leave
 -- Gives the new version, or -1 if the tenant has changed since; then nothing was written.
@@ -32,7 +32,7 @@ local function thin(leaves, blank)
   end
 end
 
-if known[1] and ARGV[6] == '' then
+if known[5] == ARGV[6] then
   local leaves = {}
   for at = 14, #ARGV do
     leaves[ARGV[at]] = true
@@ -42,15 +42,14 @@ if known[1] and ARGV[6] == '' then
     thin(leaves, blank)
   end
 end
-if known[1] and ARGV[5] == '' then
+if known[4] == ARGV[5] then
   for at = 6, #KEYS do
     redis.call('UNLINK', KEYS[at])
   end
 end
 local version = string.format('%.0f', known[2] and tonumber(known[2]) + 1 or 0)
-redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5] == '' and known[4] or ARGV[5],
-  'pile', ARGV[6] == '' and known[5] or ARGV[6], 'version', version, 'settled', version, 'format', ARGV[7],
-  'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11], 'labelling', ARGV[12],
-  'slots', ARGV[13])
+redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5], 'pile', ARGV[6], 'version', version,
+  'settled', version, 'format', ARGV[7], 'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11],
+  'labelling', ARGV[12], 'slots', ARGV[13])
 redis.call('DEL', KEYS[2])
 return version
