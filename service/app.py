@@ -190,7 +190,7 @@ async def _open_store(settings: Settings) -> AsyncIterator[MemoryStore]:
     """
     ttl_s, room = settings.idempotency_ttl_s, settings.idempotency_max_bytes
     if settings.store == "memory":
-        yield InProcessStore(clock=time.monotonic, remember_s=ttl_s, remember_bytes=room)
+        yield InProcessStore(clock=time.time, remember_s=ttl_s, remember_bytes=room)
         return
     async with AsyncExitStack() as stack:
         url = settings.store

@@ -19,9 +19,11 @@ from .stores.base import Conflict, SnapshotInfo, StoredMemory, TenantRecord
 MANUAL = "manual"
 """Reason of a snapshot that people asked for."""
 
+SCHEDULE = "schedule"
+"""Reason of one that is taken every now and then."""
+
 _TRIES = 5
-_SCHEDULES = 100
-"""A tenant that nobody asks for is new again after so many periods."""
+_CLAIM_S = 300.0
 
 
 async def take(rooms: Rooms, tenant: str, reason: str = MANUAL) -> SnapshotInfo:
@@ -51,20 +53,17 @@ async def before(rooms: Rooms, tenant: str, reason: str) -> SnapshotInfo | None:
 
 
 async def on_schedule(rooms: Rooms, tenant: str) -> None:
-    """Take a snapshot if the last on schedule, by any replica, is long enough ago, and the memory changed since.
-
-    The first one comes when a tenant has been known for so long.
-    """
+    """Take a snapshot if the last one on schedule is long enough ago, or the tenant's making, and something changed."""
     every_s = rooms.settings.snapshot_every_s
-    if not every_s or not rooms.settings.snapshots:
+    record = await rooms.store.get(tenant) if every_s and rooms.settings.snapshots else None
+    if record is None:
         return
-    new = await rooms.store.claim(tenant, "schedule", _SCHEDULES * every_s)
-    if not await rooms.store.claim(tenant, "snapshot", every_s) or new:
-        return
-    record = await rooms.store.get(tenant)
-    last = (await rooms.store.snapshots(tenant))[-1:]
-    if record is not None and record.stamp not in {info.stamp for info in last}:
-        await before(rooms, tenant, "schedule")
+    known = await rooms.store.snapshots(tenant)
+    last = max((info.created for info in known if info.reason == SCHEDULE), default=record.created)
+    due = rooms.wall() - last >= every_s and record.stamp not in {info.stamp for info in known[-1:]}
+    # Of several replicas one does it; if it fails, another may soon try.
+    if due and await rooms.store.claim(tenant, "snapshot", min(every_s, _CLAIM_S)):
+        await before(rooms, tenant, SCHEDULE)
 
 
 async def find(rooms: Rooms, tenant: str, id_: str) -> SnapshotInfo:

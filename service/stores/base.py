@@ -141,7 +141,7 @@ class TenantRecord:
     """A tenant's configuration, where its features come from, and its stamp.
 
     `origin` says in words what `fingerprint` is a hash of; `labelling` is the labelling version that the dynamic slots
-    were scored under.
+    were scored under; `created` is when the tenant was made, wall time in seconds.
     """
 
     name: str
@@ -150,6 +150,7 @@ class TenantRecord:
     stamp: Stamp
     labelling: str
     origin: Mapping[str, str] = field(default_factory=dict)
+    created: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -398,7 +398,8 @@ def _retry() -> Retry:
 
 # A cluster ------------------------------------------------------------------------------------------------------------
 
-_AWAY = (told.ConnectionError, told.TimeoutError, told.ClusterDownError, OSError)
+_LATE = (told.TimeoutError, TimeoutError)
+_AWAY = (*_LATE, told.ConnectionError, told.ClusterDownError, OSError)
 """What a node that is gone, or about to be replaced, gives instead of an answer."""
 
 _ELSEWHERE = (told.AskError, told.MovedError, told.TryAgainError, told.ClusterDownError)
@@ -408,6 +409,7 @@ _TURNS = 16
 """Redirections of one command, and questions whether a slot is whole by now."""
 
 _PAUSES_S = (0.02, 0.04)
+_HASTE_S = 0.1
 _KEYLESS = ("PING", "INFO", "CONFIG", "SCRIPT", "FLUSHALL", "FLUSHDB", "DBSIZE")
 
 
@@ -492,15 +494,20 @@ class _Cluster(Redis):
         return key if isinstance(key, bytes) else str(key).encode()
 
     async def _again(self, send: Callable[[], Awaitable[Any]]) -> Any:
-        """Send something, and twice more if a node is away, after a look who has its slots by now."""
+        """Send something, and twice more if a node is away, after a look who has its slots by now.
+
+        One that was silent is not tried again: it has had its time.
+        """
         for pause_s in _PAUSES_S:
             seen = self._looks
             try:
                 return await send()
+            except _LATE:
+                await self._try_look(seen)
+                raise
             except _AWAY:
                 await asyncio.sleep(pause_s)
-            with suppress(*_AWAY):
-                await self._look(seen)
+                await self._try_look(seen)
         return await send()
 
     async def _to_all(self, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
@@ -512,11 +519,9 @@ class _Cluster(Redis):
     async def _to_owner(self, key: bytes, args: Sequence[Any], options: Mapping[str, Any]) -> Any:
         slot, importing = key_slot(key), None
         for turn in range(_TURNS):
-            owner = await self._owner(slot)
+            owner, seen = await self._owner(slot), self._looks
             try:
-                if importing is not None:
-                    return await self._client(importing).asking(*args, **options)
-                return await self._client(owner).execute_command(*args, **options)
+                answer = await self._run(importing or owner, importing is not None, args, options)
             except told.MovedError as moved:
                 self._owners[slot], importing = (moved.host or owner[0], moved.port), None
             except told.AskError as ask:
@@ -525,10 +530,31 @@ class _Cluster(Redis):
                 # Keys of the slot are on both nodes. Ask its owner again, after they had some time.
                 importing = None
                 await asyncio.sleep(min(0.1, 0.005 * 2**turn))
+            except _LATE:
+                await self._try_look(seen)
+                if self._owners[slot] in (owner, None):
+                    raise
+                importing = None
+            else:
+                return answer
         raise told.ClusterError(f"slot {slot} was not whole in time")
 
+    async def _run(self, address: Address, asking: bool, args: Sequence[Any], options: Mapping[str, Any]) -> Any:  # noqa: FBT001 - says which of two calls it is
+        client = self._client(address)
+        try:
+            answer = await (client.asking if asking else client.execute_command)(*args, **options)
+        except (*_LATE, told.ConnectionError, OSError):
+            self._silent.add(address)
+            raise
+        self._silent.discard(address)
+        return answer
+
     async def _by_node(self, commands: Sequence[Command]) -> list[Any]:
-        """Return each command's answer, or the error that stands for it."""
+        """Return each command's answer, or the error that stands for it.
+
+        Raises:
+            TimeoutError: a node was silent, and still has its slots.
+        """
         answers: list[Any] = [told.ConnectionError("not sent")] * len(commands)
         parts: dict[Address, list[int]] = {}
         for at, (args, _) in enumerate(commands):
@@ -536,12 +562,21 @@ class _Cluster(Redis):
             if key is not None:
                 parts.setdefault(await self._owner(key_slot(key)), []).append(at)
 
+        seen = self._looks
+
         async def run(address: Address, part: Sequence[int]) -> None:
             batch = self._client(address).pipeline(transaction=False)
             for at in part:
                 batch.execute_command(*commands[at][0], **commands[at][1])
-            with suppress(*_AWAY):
-                for at, answer in zip(part, await batch.execute(raise_on_error=False), strict=True):
+            try:
+                replies = await batch.execute(raise_on_error=False)
+            except _AWAY as error:
+                self._silent.add(address)
+                await self._try_look(seen)
+                if isinstance(error, _LATE) and address in self._owners:
+                    raise
+            else:
+                for at, answer in zip(part, replies, strict=True):
                     answers[at] = answer
 
         await asyncio.gather(*(run(address, part) for address, part in parts.items()))
@@ -554,10 +589,16 @@ class _Cluster(Redis):
 
     async def _owner(self, slot: int) -> Address:
         await self._look(0)
+        if self._owners[slot] in self._silent:
+            await self._try_look(self._looks)
         owner = self._owners[slot]
         if owner is None:
             raise _uncovered()
         return owner
+
+    async def _try_look(self, seen: int) -> None:
+        with suppress(*_AWAY):
+            await self._look(seen)
 
     async def _look(self, seen: int) -> None:
         """Find out who owns which slot, unless somebody has since the count of looks that the caller saw."""
@@ -569,19 +610,38 @@ class _Cluster(Redis):
                 self._looks += 1
 
     async def _slots(self) -> tuple[list[Address | None], frozenset[Address]]:
-        """Ask one node after the other, those last that were silent before, and return the owners and all replicas."""
+        """Ask one node after the other, those last that were silent before, and return the owners and all replicas.
+
+        A node that takes its time is not waited for before the next one is asked.
+        """
         known = dict.fromkeys((*(owner for owner in self._owners if owner), *self._replicas, *self._seeds))
-        fault: Exception = told.ConnectionError("nobody to ask")
-        for address in sorted(known, key=self._silent.__contains__):
+        waiting = sorted(known, key=self._silent.__contains__)
+        asked: set[asyncio.Task[tuple[list[Address | None], frozenset[Address]]]] = set()
+        fault: BaseException | None = None
+        try:
+            while waiting or asked:
+                if waiting:
+                    asked.add(asyncio.create_task(self._slots_by(waiting.pop(0))))
+                patience_s = _HASTE_S if waiting else None
+                done, asked = await asyncio.wait(asked, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                for one in done:
+                    fault = one.exception()
+                    if fault is None:
+                        return one.result()
+        finally:
+            for one in asked:
+                one.add_done_callback(lambda late: late.cancelled() or late.exception())
+                one.cancel()
+        raise fault or told.ConnectionError("nobody to ask")
+
+    async def _slots_by(self, address: Address) -> tuple[list[Address | None], frozenset[Address]]:
+        try:
+            spans = await self._client(address).execute_command("CLUSTER", "SLOTS")
+        except BaseException:
             self._silent.add(address)
-            try:
-                spans = await self._client(address).execute_command("CLUSTER", "SLOTS")
-            except _AWAY as error:
-                fault = error
-            else:
-                self._silent.discard(address)
-                return _read_slots(spans, address)
-        raise fault
+            raise
+        self._silent.discard(address)
+        return _read_slots(spans, address)
 
 
 class _Spread(Pipeline):

@@ -22,7 +22,7 @@ class Keys:
 
     @property
     def config(self) -> str:
-        """Hash: format, name, config, fingerprint, origin, labelling, epoch, bank, pile, version, settled, slots."""
+        """Hash: what `TenantRecord` has, and `format`, `slots`, `bank`, `pile`, `settled`; see `lua/replace.lua`."""
         return f"{self._root}:cfg"
 
     @property

@@ -52,7 +52,10 @@ class _Held:
 
 
 class InProcessStore:
-    """A `MemoryStore` in this process's own memory. No call awaits, so each is one step of the event loop."""
+    """A `MemoryStore` in this process's own memory. No call awaits, so each is one step of the event loop.
+
+    `clock` is wall time in seconds.
+    """
 
     def __init__(self, *, clock: Callable[[], float], remember_s: float, remember_bytes: int) -> None:
         self._tenants: dict[str, _Held] = {}
@@ -108,7 +111,13 @@ class InProcessStore:
         stamp = self._new_epoch(tenant, held)
         new = _Held(
             record=TenantRecord(
-                name=tenant, config=config, fingerprint=fingerprint, origin=origin, labelling=labelling, stamp=stamp
+                name=tenant,
+                config=config,
+                fingerprint=fingerprint,
+                origin=origin,
+                labelling=labelling,
+                stamp=stamp,
+                created=self._clock() if held is None else held.record.created,
             ),
             settled=stamp.version,
         )

@@ -161,9 +161,18 @@ class RedisStore:
             pile=epoch if shots is not None or old is None else present.pile,
         )
         at = ("", "") if expected is None else (expected.epoch, expected.version)
-        about = (FORMAT, tenant, config.to_json(), fingerprint, json.dumps(dict(origin)), labelling, config.slots)
+        about = (
+            FORMAT,
+            tenant,
+            config.to_json(),
+            fingerprint,
+            json.dumps(dict(origin)),
+            labelling,
+            config.slots,
+            repr(self._clock()),
+        )
         touched = (keys.config, keys.log, *keys.shots(present.pile), *keys.every_slot(present.bank, leaves))
-        args = (*at, int(exact), epoch, read.bank, read.pile, *about, *leaves)
+        args = (*at, int(exact), epoch, read.bank, read.pile, *about, config.slots, repr(self._clock()), *leaves)
         version = int(await self._run("replace.lua", touched, args))
         if version < 0:
             # By the ids at hand: whoever was faster may have swept the list of them, while this was still writing.
@@ -496,6 +505,7 @@ def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
         fingerprint=fields[b"fingerprint"].decode(),
         origin=json.loads(fields[b"origin"]),
         labelling=fields[b"labelling"].decode(),
+        created=float(fields[b"created"]),
         stamp=Stamp(epoch=int(fields[b"epoch"]), version=int(fields[b"version"])),
     )
 

@@ -5,7 +5,7 @@
 -- ARGV  1 and 2 epoch and version that the caller has seen ('' if there must be no tenant), 3 whether slots that were
 --       written since matter (1 or 0), 4 new epoch, 5 bank and 6 pile that are to be read, 7 format,
 --       8 name, 9 configuration (JSON), 10 fingerprint, 11 origin (JSON), 12 labelling version of the slots, 13 slots a
---       class, then ids of classes that leave
+--       class, 14 now (wall time in seconds), then ids of classes that leave
 -- Gives the new version, or -1 if the tenant has changed since; then nothing was written.
 -- A pile that is kept under another fingerprint keeps the shots that have an image, without their features.
 local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled')
@@ -34,11 +34,11 @@ end
 
 if known[5] == ARGV[6] then
   local leaves = {}
-  for at = 14, #ARGV do
+  for at = 15, #ARGV do
     leaves[ARGV[at]] = true
   end
   local blank = known[3] ~= ARGV[10]
-  if blank or #ARGV > 13 then
+  if blank or #ARGV > 14 then
     thin(leaves, blank)
   end
 end
@@ -51,5 +51,6 @@ local version = string.format('%.0f', known[2] and tonumber(known[2]) + 1 or 0)
 redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5], 'pile', ARGV[6], 'version', version,
   'settled', version, 'format', ARGV[7], 'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11],
   'labelling', ARGV[12], 'slots', ARGV[13])
+redis.call('HSETNX', KEYS[1], 'created', ARGV[14])
 redis.call('DEL', KEYS[2])
 return version

@@ -505,7 +505,8 @@ async def test_who_leaves_while_versions_are_asked_for_spoils_it_for_nobody(cell
     tasks = [asyncio.create_task(opened(cellar, tenant)) for tenant in tenants]
     await asyncio.sleep(0)
     tasks[0].cancel()
-    told = await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(PATIENCE_S):
+        told = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(told[0], asyncio.CancelledError)
     assert all(isinstance(hot, HotMemory) for hot in told[1:])
 

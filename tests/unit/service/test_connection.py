@@ -370,6 +370,9 @@ class Node:
         self.world.log.append((self.address[0], *args))
         if self.address in self.world.dead:
             raise told.ConnectionError("gone")
+        if self.address in self.world.held:
+            await asyncio.sleep(0.3)
+            raise told.TimeoutError("silence")
         if args == ("CLUSTER", "SLOTS"):
             return self.world.slots()
         return self.world.answer(self.address, args)
@@ -401,6 +404,8 @@ class Batch:
         world.log.append((address[0], len(self.commands)))
         if address in world.dead:
             raise told.ConnectionError("gone")
+        if address in world.held:
+            raise told.TimeoutError("silence")
         return [self._answer(args) for args in self.commands]
 
     def _answer(self, args: Sequence[Any]) -> Any:
@@ -416,6 +421,7 @@ class World:
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.dead: set[Address] = set()
+        self.held: set[Address] = set()
         self.owners: tuple[Address | None, Address | None] = (A, B)
         self.answer: Callable[[Address, Sequence[Any]], Any] = lambda at, _: at[0]
 
@@ -532,6 +538,37 @@ async def test_a_seed_that_is_gone_does_not_hide_the_cluster(world: World, clust
     assert await cluster.get(LOW) == "c"
 
 
+async def test_a_node_that_is_silent_does_not_keep_the_others_from_being_asked(world: World, cluster: Any) -> None:
+    world.held, world.owners = {A}, (C, B)
+    assert [await cluster.get(LOW), await cluster.get(HIGH)] == ["c", "b"]
+    await cluster.nodes()
+    assert world.log[-1] == ("c", "CLUSTER", "SLOTS")
+
+
+async def test_a_node_that_is_silent_is_asked_no_more_once_another_has_its_slots(world: World, cluster: Any) -> None:
+    assert await cluster.get(LOW) == "a"
+    world.held = {A}
+    with pytest.raises(told.TimeoutError):
+        await cluster.get(LOW)
+    assert world.asked() == [("a", "GET", LOW)] * 2
+    world.owners = (C, B)
+    assert await cluster.get(LOW) == "c"
+    assert world.asked() == [("c", "GET", LOW)]
+
+
+async def test_a_silence_in_which_a_slot_found_another_owner_costs_no_error(world: World, cluster: Any) -> None:
+    assert await cluster.get(LOW) == "a"
+    world.held, world.owners = {A}, (C, B)
+    assert await cluster.get(LOW) == "c"
+    assert world.asked() == [("a", "GET", LOW)] * 2 + [("c", "GET", LOW)]
+
+
+async def test_a_cluster_of_which_no_node_answers_says_why(world: World, cluster: Any) -> None:
+    world.dead = {A, B, C}
+    with pytest.raises(told.ConnectionError, match="gone"):
+        await cluster.get(LOW)
+
+
 async def test_a_slot_that_nobody_has_is_a_cluster_that_is_down(world: World, cluster: Any) -> None:
     world.owners = (A, None)
     assert await cluster.get(LOW) == "a"
@@ -575,6 +612,17 @@ async def test_a_pipeline_follows_what_moved_and_finds_what_is_gone(world: World
     world.dead, world.owners = {A}, (B, C)
     world.answer = lambda at, _: at[0]
     assert await cluster.pipeline().get(HIGH).get(LOW).execute() == ["c", "b"]
+
+
+async def test_a_pipeline_waits_for_a_silent_node_once(world: World, cluster: Any) -> None:
+    assert await cluster.get(LOW) == "a"
+    world.asked()
+    world.held = {A}
+    with pytest.raises(told.TimeoutError):
+        await cluster.pipeline().get(LOW).get(HIGH).execute()
+    assert sorted(world.asked()) == [("a", 1), ("b", 1)]
+    world.owners = (C, B)
+    assert await cluster.pipeline().get(LOW).get(HIGH).execute() == ["c", "b"]
 
 
 async def test_a_pipeline_raises_the_first_error_that_a_command_met(world: World, cluster: Any) -> None:

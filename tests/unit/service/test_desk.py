@@ -811,7 +811,8 @@ async def test_a_delivery_that_is_cancelled_loses_nothing(study: Study) -> None:
     assert "lost" not in study.updates()
 
 
-async def test_a_tenant_whose_delivery_fails_holds_up_no_other(study: Study) -> None:
+@pytest.mark.parametrize("cold", [False, True])
+async def test_a_tenant_whose_delivery_fails_holds_up_no_other(study: Study, *, cold: bool) -> None:
     for tenant in ("zoo", "farm"):
         await study.create(tenant)
         await study.ask(question("blue", "0"), tenant=tenant)
@@ -819,16 +820,20 @@ async def test_a_tenant_whose_delivery_fails_holds_up_no_other(study: Study) -> 
     for tenant in ("zoo", "farm"):
         await study.ask(question("red", "1"), tenant=tenant)
     study.come_back()
-    done = False
+    if cold:
+        study.archive.drop("zoo")
+    real, failed = study.store._ask, False
 
-    async def first() -> None:
-        nonlocal done
-        if not done:
-            done = True
+    def once() -> None:
+        nonlocal failed
+        if not failed:
+            failed = True
             raise StoreAway("away")
+        real()
 
-    study.store.before = first
+    study.store._ask = once  # type: ignore[method-assign]
     await study.desk.deliver()
+    assert study.desk.pending == 1
     assert await study.contents("zoo") == {"blue": {"0"}}
     assert await study.contents("farm") == {"red": {"1"}, "blue": {"0"}}
 
