@@ -200,7 +200,8 @@ async def _open_store(settings: Settings) -> AsyncIterator[MemoryStore]:
             url = server.url
         # Wall time: answers kept for their idempotency keys are shared by workers, and outlive them.
         client = connect(url, timeout_s=settings.store_timeout_ms / 1000)
-        store = RedisStore(client, clock=time.time, remember_s=ttl_s, remember_bytes=room)
+        spread = "+cluster:" in url
+        store = RedisStore(client, clock=time.time, remember_s=ttl_s, remember_bytes=room, spread=spread)
         stack.push_async_callback(store.aclose)
         await store.check()
         yield store

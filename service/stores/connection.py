@@ -402,8 +402,8 @@ _LATE = (told.TimeoutError, TimeoutError)
 _AWAY = (*_LATE, told.ConnectionError, told.ClusterDownError, OSError)
 """What a node that is gone, or about to be replaced, gives instead of an answer."""
 
-_ELSEWHERE = (told.AskError, told.MovedError, told.TryAgainError, told.ClusterDownError)
-"""What a node answers that does not have a slot, or not all of it, or that does not know who has."""
+_ELSEWHERE = (told.AskError, told.TryAgainError, told.ClusterDownError, told.ConnectionError)
+"""What stands for an answer where a command of many has to be sent alone, to be redirected and tried again."""
 
 _TURNS = 16
 """Redirections of one command, and questions whether a slot is whole by now."""
@@ -450,18 +450,16 @@ class _Cluster(Redis):
         return _Spread(self)
 
     async def run_all(self, commands: Sequence[Command]) -> list[Any]:
-        """Run commands, those of one node together, and return their answers in order.
+        """Run commands, those of one node together, and return their answers in order, or the errors in their places.
 
-        Raises:
-            Exception: the first that a command met.
+        What a node that is away was to answer is an error; the others' answers are there all the same.
         """
         async with asyncio.timeout(self._patience_s):
             answers = await self._by_node(commands)
-            for at, (args, options) in enumerate(commands):
-                if isinstance(answers[at], (*_AWAY, *_ELSEWHERE)):
-                    answers[at] = await self.execute_command(*args, **options)
-                if isinstance(answers[at], Exception):
-                    raise answers[at]
+            astray = [at for at, answer in enumerate(answers) if isinstance(answer, _ELSEWHERE)]
+            again = (self.execute_command(*commands[at][0], **commands[at][1]) for at in astray)
+            for at, answer in zip(astray, await asyncio.gather(*again, return_exceptions=True), strict=True):
+                answers[at] = answer
             return answers
 
     async def nodes(self) -> tuple[list[_Single], list[_Single]]:
@@ -550,18 +548,14 @@ class _Cluster(Redis):
         return answer
 
     async def _by_node(self, commands: Sequence[Command]) -> list[Any]:
-        """Return each command's answer, or the error that stands for it.
-
-        Raises:
-            TimeoutError: a node was silent, and still has its slots.
-        """
+        """Return each command's answer, or the error that stands for it."""
         answers: list[Any] = [told.ConnectionError("not sent")] * len(commands)
         parts: dict[Address, list[int]] = {}
         for at, (args, _) in enumerate(commands):
             key = self._key(args)
-            if key is not None:
-                parts.setdefault(await self._owner(key_slot(key)), []).append(at)
-
+            with suppress(told.ClusterDownError):
+                if key is not None:
+                    parts.setdefault(await self._owner(key_slot(key)), []).append(at)
         seen = self._looks
 
         async def run(address: Address, part: Sequence[int]) -> None:
@@ -573,11 +567,10 @@ class _Cluster(Redis):
             except _AWAY as error:
                 self._silent.add(address)
                 await self._try_look(seen)
-                if isinstance(error, _LATE) and address in self._owners:
-                    raise
-            else:
-                for at, answer in zip(part, replies, strict=True):
-                    answers[at] = answer
+                silent = isinstance(error, _LATE) and address in self._owners
+                replies = [error if silent else told.ConnectionError("not there")] * len(part)
+            for at, answer in zip(part, replies, strict=True):
+                answers[at] = answer
 
         await asyncio.gather(*(run(address, part) for address, part in parts.items()))
         return answers
@@ -651,9 +644,12 @@ class _Spread(Pipeline):
         super().__init__(client.connection_pool, client.response_callbacks, False, None)  # noqa: FBT003 - as in the base
         self._client = client
 
-    async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: ARG002, FBT001, FBT002 - as in the base
+    async def execute(self, raise_on_error: bool = True) -> list[Any]:  # noqa: FBT001, FBT002 - as in the base
         commands, self.command_stack = self.command_stack, []
-        return await self._client.run_all(commands)
+        answers = await self._client.run_all(commands)
+        if raise_on_error and (faults := [answer for answer in answers if isinstance(answer, Exception)]):
+            raise faults[0]
+        return answers
 
 
 def _read_slots(spans: Sequence[Any], asked: Address) -> tuple[list[Address | None], frozenset[Address]]:

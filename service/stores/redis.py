@@ -16,12 +16,13 @@ from importlib.resources import files
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
-from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from core.dynamic import Outcome
 
-from ..errors import Contended, FingerprintMismatch
+from ..errors import Contended, FingerprintMismatch, StoreAway, StoreDown
 from ..tenants import TenantConfig
 from .base import (
     Change,
@@ -42,7 +43,7 @@ from .base import (
     TenantRecord,
     Verdict,
 )
-from .connection import check, down
+from .connection import FAULTS, check, down
 from .keys import TENANTS, Keys
 
 T = TypeVar("T")
@@ -81,17 +82,23 @@ class _Places:
 
 
 class RedisStore:
-    """A `MemoryStore` in Redis 6.2 or Valkey, or newer. `clock` is wall time in seconds, the same for all workers."""
+    """A `MemoryStore` in Redis 6.2 or Valkey, or newer.
+
+    `clock` is wall time in seconds, the same for all workers. `spread` says that it is a cluster, of which a node may
+    be away while the others are there.
+    """
 
     def __init__(
         self,
-        client: Redis | RedisCluster,
+        client: Redis,
         *,
         clock: Callable[[], float],
         remember_s: float,
         remember_bytes: int,
+        spread: bool = False,
     ) -> None:
         self._client: Any = client
+        self._spread = spread
         self._clock, self._remember_s, self._remember_bytes = clock, remember_s, remember_bytes
         self._scripts = {file.name: file.read_text() for file in files(__package__).joinpath("lua").iterdir()}
         self._known: dict[tuple[str, int], _Places] = {}
@@ -485,14 +492,21 @@ class RedisStore:
             return await self._client.evalsha(digest, len(keys), *keys, *args)
         except NoScriptError:
             return await self._do(self._client.eval(script, len(keys), *keys, *args))
-        except (RedisError, OSError) as error:
-            raise down(error) from error
+        except FAULTS as error:
+            raise self._fault(error) from error
 
     async def _do(self, command: Any) -> Any:
         try:
             return await command
-        except (RedisError, OSError) as error:
-            raise down(error) from error
+        except FAULTS as error:
+            raise self._fault(error) from error
+
+    def _fault(self, error: BaseException) -> StoreDown:
+        """Return what an error means: that the store is away, if it did not answer and there is no other node."""
+        said = down(error)
+        if self._spread or not isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
+            return said
+        return StoreAway(said.detail, retry_after_s=said.retry_after_s)
 
 
 def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
