@@ -13,7 +13,7 @@ from core.codec import FEATURE_BYTES, encode_feature
 from . import logs, snapshots, upkeep
 from .archive import check_fingerprint, origin_of
 from .classify import Fault, check_count, count_faults, each
-from .errors import Contended, LimitExceeded, UnknownClass, UnknownShot, UnknownSlot, UnknownTenant
+from .errors import Contended, LimitExceeded, UnknownClass, UnknownJob, UnknownShot, UnknownSlot, UnknownTenant
 from .images import ImageFault
 from .rooms import Rooms
 from .settings import DEFAULT_TENANT
@@ -288,12 +288,13 @@ async def _upkeep(rooms: Rooms, old: TenantRecord | None, record: TenantRecord) 
     read_anew = old is not None and old.fingerprint != record.fingerprint
     if record.labelling == record.config.labelling and not read_anew:
         return None
-    job = await upkeep.resume(rooms, record.name)
-    if job is None:
-        return None
-    await rooms.jobs.wait(job.id, _SOON_S)
-    now = await rooms.jobs.get(record.name, job.id)
-    return None if now.state is JobState.DONE else now
+    with suppress(UnknownTenant, UnknownJob):  # removed since, by someone else: then nothing has to be done
+        job = await upkeep.resume(rooms, record.name)
+        if job is not None:
+            await rooms.jobs.wait(job.id, _SOON_S)
+            now = await rooms.jobs.get(record.name, job.id)
+            return None if now.state is JobState.DONE else now
+    return None
 
 
 async def _walk(rooms: Rooms, one: LabelledImage, deadline: float, *, keep: bool) -> StoredShot:

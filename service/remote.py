@@ -22,12 +22,15 @@ def export_memory(url: str, tenant: str, path: Path, console: Console, *, force:
     """Write a tenant's memory to a file, which is there whole or not at all, and return its bytes.
 
     Raises:
+        FileNotFoundError: there is no such folder.
         FileExistsError: the file is there, and is not to be replaced.
         ConnectionError: the service does not answer.
         ValueError: it refuses; says why.
     """
     if path.exists() and not force:
         raise FileExistsError(f"{path} is there already. Name another file, or say --force to replace it.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
     partial = path.with_name(f"{path.name}.part")
     with _client(url, tenant) as client, client.stream("GET", "/admin/memory/export") as answer:
         if answer.is_error:

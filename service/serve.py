@@ -84,7 +84,7 @@ class _Server(uvicorn.Server):
 def _kept(settings: Settings) -> str:
     """Return where memories are kept, as a sentence."""
     if settings.store == "memory":
-        return "Memories are not kept: they end with this process. To keep them, install the extra `embedded`."
+        return "Memories are not kept: they end with this process (DMN_STORE=memory)."
     if settings.store == "embedded":
         return f"Memories are kept in {settings.data_dir}."
     return "Memories are kept in the store."

@@ -110,6 +110,13 @@ class Settings(BaseSettings):
             values["image_formats"] = tuple(part for part in named if part)
         return values
 
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _named_folder(cls, folder: object) -> object:
+        if not str(folder).strip():
+            raise ValueError("names no folder")
+        return folder
+
     @field_validator("store")
     @classmethod
     def _known_store(cls, store: str) -> str:

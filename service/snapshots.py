@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,7 +50,9 @@ async def before(rooms: Rooms, tenant: str, reason: str) -> SnapshotInfo | None:
         stored = await rooms.store.load(tenant, images=True)
         if stored is None or not _holds(stored):
             return None
-        return await _take(rooms, tenant, stored, reason)
+        with suppress(UnknownTenant):  # removed since, by someone else, with all that it had
+            return await _take(rooms, tenant, stored, reason)
+        return None
 
 
 async def on_schedule(rooms: Rooms, tenant: str) -> None:

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from .. import adapt, snapshots
-from ..errors import QueueFull
+from ..errors import QueueFull, UnsupportedBody
 from ..idempotency import digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered, SnapshotInfo, Stamp
@@ -108,6 +108,11 @@ async def export(rooms: RoomsDep, tenant: TenantDep) -> StreamingResponse:
 @router.post("/import", summary="Import a memory", openapi_extra={"requestBody": _UPLOAD})
 async def import_(request: Request, rooms: RoomsDep, tenant: TenantDep) -> ResetOut:
     """Replace configuration and memories, or create the tenant, by an exported file; all of it or nothing."""
+    kind = request.headers.get("content-type", _FILE)
+    if kind.startswith(("multipart/", "application/json")):
+        raise UnsupportedBody(
+            f"The body is {kind.partition(';')[0]}; send the file's bytes themselves (curl --data-binary @FILE)."
+        )
     async with _received(request, rooms) as path:
         record, saved = await snapshots.bring_in(rooms, tenant, path)
     return _told(tenant, record.stamp, saved)

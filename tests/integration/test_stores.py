@@ -21,6 +21,7 @@ from service.desk import Reading
 from service.errors import StoreDown
 from service.rooms import Rooms
 from service.settings import DEFAULT_TENANT, Settings
+from service.stores import embedded
 from service.stores.connection import connect
 from service.stores.embedded import EmbeddedServer, embedded_server, find_binary
 from service.stores.redis import RedisStore
@@ -172,3 +173,58 @@ async def test_a_store_that_cannot_be_reached_is_one_clear_line(url: str) -> Non
 async def test_a_server_that_cannot_be_found_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(StoreDown, match="DMN_EMBEDDED_BINARY"):
         embedded_server(tmp_path, "/no/such/server", fsync="everysec")
+
+
+async def test_a_server_that_hangs_is_not_joined_by_a_second_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_START_S", 0.5)
+    monkeypatch.setattr(embedded, "_ANSWER_S", 0.2)
+    first = server_in(tmp_path)
+    async with first.running():
+        assert first.pid is not None
+        os.kill(first.pid, signal.SIGSTOP)
+        with pytest.raises(StoreDown, match="lives on the data folder"):
+            async with server_in(tmp_path).running():
+                pass
+        os.kill(first.pid, signal.SIGCONT)
+        again = server_in(tmp_path)
+        async with again.running():
+            assert again.pid == first.pid
+
+
+async def test_leaving_a_server_that_hangs_takes_a_bounded_time_and_it_ends_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_HUNG_S", 0.2)
+    monkeypatch.setattr(embedded, "_ANSWER_S", 0.2)
+    server = server_in(tmp_path)
+    async with asyncio.timeout(PATIENCE_S):
+        async with server.running():
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGSTOP)
+        os.kill(server.pid, signal.SIGCONT)
+        while embedded._alive(server.pid):  # noqa: ASYNC110 - a process that ends tells nobody
+            await asyncio.sleep(0.01)
+
+
+def seen(folder: Path) -> tuple[dict[str, str], int]:
+    """Return the files of a folder, and who may enter it."""
+    return {file.name: file.read_text() for file in folder.iterdir()}, folder.stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("name", ["dump.rdb", "notes.txt"])
+async def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("precious")
+    before = seen(tmp_path)
+    with pytest.raises(StoreDown, match="not this service's"):
+        async with server_in(tmp_path).running():
+            pass
+    assert seen(tmp_path) == before
+
+
+async def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreDown, match="cannot be used"):
+        async with server_in(tmp_path / "file").running():
+            pass

@@ -17,6 +17,9 @@ if known[1] ~= epoch or since < tonumber(known[3]) then
   return {0}
 end
 local version, slots = tonumber(known[2]), tonumber(known[4])
+if since > version then
+  return {0} -- the caller saw writes that were lost with a primary that had not passed them on
+end
 local log_length = 2048 -- slot changes kept for workers that are behind; one further behind loads anew
 
 local changes = {}
