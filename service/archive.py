@@ -269,7 +269,11 @@ class Archive:
                 future.exception()  # heard of, even where nobody waits any more
             return
         for future, stamp in zip(asked.values(), stamps, strict=True):
-            future.set_result(stamp)
+            if isinstance(stamp, StoreDown):
+                future.set_exception(stamp)
+                future.exception()  # as above
+            else:
+                future.set_result(stamp)
 
     async def _load(self, tenant: str) -> HotMemory:
         stored = await self._store.load(tenant)

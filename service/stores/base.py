@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from core.dynamic import Outcome
 
+from ..errors import StoreDown
 from ..tenants import TenantConfig
 
 
@@ -256,8 +257,11 @@ class MemoryStore(Protocol):
     async def load(self, tenant: str, *, images: bool = False) -> StoredMemory | None:
         """Return everything of a tenant, or None; the shots' images only if asked for."""
 
-    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | None]:
-        """Return where each of some tenants is, in one round trip; None for one that is not there."""
+    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | StoreDown | None]:
+        """Return where each of some tenants is, in one round trip; None for one that is not there.
+
+        Of a store of several nodes one may be away: then the error stands in the place of its tenants.
+        """
 
     async def replace(
         self,

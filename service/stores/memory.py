@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from core.dynamic import Outcome
 
+from ..errors import StoreDown
 from ..tenants import TenantConfig
 from .base import (
     Change,
@@ -86,7 +87,7 @@ class InProcessStore:
             barred=frozenset(held.barred),
         )
 
-    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | None]:
+    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | StoreDown | None]:
         found = (self._tenants.get(tenant) for tenant in tenants)
         return [None if held is None else held.record.stamp for held in found]
 

@@ -123,12 +123,12 @@ class RedisStore:
                 continue  # the tenant began a new life while its slices were read
         raise Contended
 
-    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | None]:
+    async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | StoreDown | None]:
         pipeline = self._client.pipeline(transaction=False)
         for tenant in tenants:
             pipeline.hmget(Keys(tenant).config, "epoch", "version")
-        found = await self._do(pipeline.execute())
-        return [None if epoch is None else Stamp(epoch=int(epoch), version=int(at)) for epoch, at in found]
+        found = await self._do(pipeline.execute(raise_on_error=not self._spread))
+        return [self._fault(one) if isinstance(one, Exception) else _stamp(*one) for one in found]
 
     async def replace(
         self,
@@ -522,6 +522,10 @@ def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
         created=float(fields[b"created"]),
         stamp=Stamp(epoch=int(fields[b"epoch"]), version=int(fields[b"version"])),
     )
+
+
+def _stamp(epoch: bytes | None, version: bytes | None) -> Stamp | None:
+    return None if epoch is None or version is None else Stamp(epoch=int(epoch), version=int(version))
 
 
 def _bank(ids: bytes, entropies: bytes, features: bytes) -> StoredBank:
