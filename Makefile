@@ -1,10 +1,10 @@
-# make serve | test | check | bench: each makes its virtual environment and installs what it needs.
+# make serve | test | check | bench | soak: each makes its virtual environment and installs what it needs.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check bench clean
+.PHONY: serve test check bench soak clean
 .DELETE_ON_ERROR:
 
 # Serve the `lite` encoder, or another: make serve ENCODER=ViT-B-16/openai ARGS="--port 9000"
@@ -24,6 +24,12 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/bench/bench_readout.py
 	$(BIN)/python tests/bench/bench_resident.py
 	$(BIN)/python tests/bench/bench_store.py
+
+# Long runs: workers that converge, processes that are killed, a cluster that loses nodes.
+soak: $(VENV)/.dev
+	$(BIN)/python tests/soak/convergence.py
+	$(BIN)/python tests/soak/kills.py
+	$(BIN)/python tests/soak/cluster.py
 
 clean:
 	rm -rf $(VENV)

@@ -243,6 +243,11 @@ class Cluster:
         """What a client connects to: one node, by which it finds the others."""
         return f"redis+cluster://{self.living()[0].address}"
 
+    @property
+    def urls(self) -> str:
+        """The same with all nodes: one of them is there, whatever is killed."""
+        return f"redis+cluster://{','.join(node.address for node in self.nodes)}"
+
     def living(self) -> list[Node]:
         """Return the nodes that answer."""
         return [node for node in self.nodes if node.alive and not node.held]
@@ -405,6 +410,11 @@ class Guarded:
     def url(self) -> str:
         """What a client connects to: the sentinels, and the name of what they watch."""
         return f"redis+sentinel://{','.join(one.address for one in self.sentinels)}/{SERVICE}"
+
+    @property
+    def urls(self) -> str:
+        """The same: it names all sentinels."""
+        return self.url
 
     def owner(self, _key: str = "") -> Node:
         """Return the primary that the sentinels name now; it has every key."""

@@ -146,11 +146,12 @@ class EmbeddedServer:
         ends = loop.time() + _START_S
         with _open(self._folder / "server.lock") as lock:
             while loop.time() < ends:
-                self.pid = await self._pid_behind_socket()
-                if self.pid is not None:
+                answering = await self._pid_behind_socket()
+                if answering is not None:
+                    self.pid = answering
                     return
                 if _taken(lock):
-                    self.pid = await self._start(lock)
+                    await self._start(lock)
                     return
                 await asyncio.sleep(0.05)
         raise StoreDown(
@@ -158,15 +159,16 @@ class EmbeddedServer:
             "end it, or wait for it, and start again."
         )
 
-    async def _start(self, lock: IO[bytes]) -> int:
+    async def _start(self, lock: IO[bytes]) -> None:
         self.socket.unlink(missing_ok=True)
         log = self._folder / "server.log"
-        started = _spawn([str(self._binary), *self._arguments()], log, lock)
+        # Known before it answers: whoever leaves meanwhile has to stop it.
+        self.pid = _spawn([str(self._binary), *self._arguments()], log, lock)
         for _ in range(int(_START_S / 0.05)):
-            if not _alive(started):
+            if not _alive(self.pid):
                 break
             if await self._pid_behind_socket() is not None:
-                return started
+                return
             await asyncio.sleep(0.05)
         raise StoreDown(f"The embedded store did not start: {_last_line(log) or 'no reason given'}. See {log}.")
 

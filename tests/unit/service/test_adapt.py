@@ -418,6 +418,26 @@ async def test_a_change_that_labels_alike_needs_no_job(compass: Rooms) -> None:
     assert await compass.jobs.every("zoo") == []
 
 
+async def test_a_slot_that_is_written_while_the_memory_is_thinned_out_is_not_lost(
+    compass: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await adapt.put_tenant(compass, "zoo", angles("0", "90", slots=3))
+    await fill(compass, {"0": [("a", 30), ("b", 20)]})
+    real, crossed = compass.store.load, False
+
+    async def crossing(tenant: str, **others: bool) -> StoredMemory | None:
+        nonlocal crossed
+        found = await real(tenant, **others)
+        if not crossed:
+            crossed = True
+            await fill(compass, {"0": [("c", 10)]})
+        return found
+
+    monkeypatch.setattr(compass.store, "load", crossing)
+    await adapt.put_tenant(compass, "zoo", angles("0", "90", slots=2))
+    assert set((await slots_of(compass))["0"]) == {"b", "c"}
+
+
 async def test_fewer_slots_that_cross_a_new_label_set_do_not_pass_its_slots_off_as_scored(
     compass: Rooms, monkeypatch: pytest.MonkeyPatch
 ) -> None:

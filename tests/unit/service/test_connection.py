@@ -229,6 +229,27 @@ async def test_a_command_ends_after_twice_the_timeout_whatever_it_waits_for(monk
             await call
 
 
+async def test_no_sentinel_is_forgotten_when_many_callers_ask_at_once() -> None:
+    class Watcher:
+        def __init__(self, *, alive: bool) -> None:
+            self.alive = alive
+
+        async def sentinel_masters(self) -> dict[str, Any]:
+            await asyncio.sleep(0)
+            if not self.alive:
+                raise told.ConnectionError
+            state = {"is_master": True, "is_sdown": False, "is_odown": False, "num-other-sentinels": 2}
+            return {"s": state | {"ip": "primary", "port": 1}}
+
+    pool: Any = connect("redis+sentinel://a,b,c/s").connection_pool
+    watchers = [Watcher(alive=alive) for alive in (False, False, True)]
+    manager = pool.sentinel_manager
+    manager.sentinels, manager._all = list(watchers), tuple(watchers)
+    assert await asyncio.gather(*(pool.get_master_address() for _ in range(5))) == [("primary", 1)] * 5
+    assert manager.sentinels[0] is watchers[2]
+    assert set(manager.sentinels) == set(watchers)
+
+
 # What errors mean -----------------------------------------------------------------------------------------------------
 
 
@@ -621,8 +642,18 @@ async def test_a_pipeline_waits_for_a_silent_node_once(world: World, cluster: An
     with pytest.raises(told.TimeoutError):
         await cluster.pipeline().get(LOW).get(HIGH).execute()
     assert sorted(world.asked()) == [("a", 1), ("b", 1)]
+    silence, answer = await cluster.pipeline().get(LOW).get(HIGH).execute(raise_on_error=False)
+    assert isinstance(silence, told.TimeoutError)
+    assert answer == "b"
     world.owners = (C, B)
     assert await cluster.pipeline().get(LOW).get(HIGH).execute() == ["c", "b"]
+
+
+async def test_what_nobody_owns_costs_a_pipeline_no_other_answer(world: World, cluster: Any) -> None:
+    world.owners = (A, None)
+    answer, fault = await cluster.pipeline().get(LOW).get(HIGH).execute(raise_on_error=False)
+    assert answer == "a"
+    assert isinstance(fault, told.ClusterDownError)
 
 
 async def test_a_pipeline_raises_the_first_error_that_a_command_met(world: World, cluster: Any) -> None:
@@ -634,6 +665,8 @@ async def test_a_pipeline_raises_the_first_error_that_a_command_met(world: World
     world.answer = full
     with pytest.raises(told.OutOfMemoryError):
         await cluster.pipeline().get(HIGH).set(LOW, 1).execute()
+    answers = await cluster.pipeline().get(HIGH).set(LOW, 1).execute(raise_on_error=False)
+    assert [type(answer) for answer in answers] == [int, told.OutOfMemoryError]
 
 
 async def test_closing_a_cluster_closes_every_node(world: World, cluster: Any) -> None:

@@ -838,6 +838,28 @@ async def test_a_tenant_whose_delivery_fails_holds_up_no_other(study: Study, *, 
     assert await study.contents("farm") == {"red": {"1"}, "blue": {"0"}}
 
 
+async def test_draining_does_not_give_up_what_a_changed_memory_held_up(study: Study) -> None:
+    """Somebody may add a shot between the look at the memory and the push."""
+    stamp = await study.create()
+    await study.ask(question("blue", "0"))
+    study.leave()
+    await study.ask(question("red", "1"))
+    study.come_back()
+    done = False
+
+    async def add_shot() -> None:
+        nonlocal done
+        if not done:
+            done = True
+            own = StoredShot(id="s", class_id=class_id("red"), feature=encode_feature(look("red")))
+            await study.store.add_shots("zoo", stamp, [own])
+
+    study.store.before = add_shot
+    await study.desk.drain()
+    assert await study.contents() == {"red": {"1"}, "blue": {"0"}}
+    assert "lost" not in study.updates()
+
+
 async def test_draining_gives_up_what_cannot_be_delivered_and_counts_it(study: Study) -> None:
     await study.create()
     await study.ask(question("blue", "0"))

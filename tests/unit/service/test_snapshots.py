@@ -221,6 +221,7 @@ async def test_a_snapshot_brings_everything_back_bit_for_bit(house: House, zoo: 
     info = await snapshots.take(zoo, "zoo")
     await upset(house, zoo)
     changed = await house.memory()
+    assert not torch.equal(await answers(zoo), said)  # and the changed memory is hot
     record, saved = await snapshots.restore(zoo, "zoo", info.id)
     assert await house.whole() == before
     assert record == (await house.memory()).record
@@ -311,18 +312,18 @@ async def test_a_snapshot_that_is_cut_changes_nothing(house: House, zoo: Rooms, 
     data = await house.store.read_snapshot("zoo", info.id, 0)
     assert data is not None
     await house.store.keep_snapshot("zoo", info, [data[: int(share * len(data))]])
-    await _refused(house, zoo, info)
+    await _refused(house, zoo, info, UnknownSnapshot)
 
 
 async def test_a_snapshot_whose_size_is_right_and_nothing_else_changes_nothing(house: House, zoo: Rooms) -> None:
     info = await snapshots.take(zoo, "zoo")
     await house.store.keep_snapshot("zoo", info, [bytes(info.bytes)])
-    await _refused(house, zoo, info)
+    await _refused(house, zoo, info, InvalidRequest)
 
 
-async def _refused(house: House, rooms: Rooms, info: SnapshotInfo) -> None:
+async def _refused(house: House, rooms: Rooms, info: SnapshotInfo, error: type[ServiceError]) -> None:
     before, known = await house.memory(), await house.told()
-    with pytest.raises((UnknownSnapshot, InvalidRequest)):
+    with pytest.raises(error):
         await snapshots.restore(rooms, "zoo", info.id)
     assert await house.memory() == before
     assert await house.told() == known
@@ -562,6 +563,37 @@ async def test_of_two_replicas_one_takes_it_whichever_comes_first(house: House, 
         for rooms in (zoo, other) if day % 2 else (other, zoo):
             await snapshots.on_schedule(rooms, "zoo")
             assert await house.reasons() == ["schedule"] * (day + 1)
+
+
+async def test_of_two_who_find_it_due_at_the_same_moment_one_takes_it(
+    house: House, zoo: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = await house.open()
+    real, looked, looks = house.store.snapshots, asyncio.Barrier(2), 0
+
+    async def together(tenant: str) -> Sequence[SnapshotInfo]:
+        nonlocal looks
+        looks += 1
+        found = await real(tenant)
+        if looks <= 2:
+            await looked.wait()
+        return found
+
+    house.clock.now += DAY_S
+    for rooms in (zoo, other):
+        monkeypatch.setattr(rooms.store, "snapshots", together)
+    async with asyncio.timeout(PATIENCE_S):
+        await asyncio.gather(*(snapshots.on_schedule(rooms, "zoo") for rooms in (zoo, other)))
+    assert await house.reasons() == ["schedule"]
+
+
+async def test_one_that_was_taken_for_another_reason_does_not_put_it_off(house: House, zoo: Rooms) -> None:
+    house.clock.now += DAY_S / 2
+    await snapshots.take(zoo, "zoo")
+    await house.learn("new", seed=9)
+    house.clock.now += DAY_S / 2
+    await snapshots.on_schedule(zoo, "zoo")
+    assert await house.reasons() == ["manual", "schedule"]
 
 
 async def test_a_tenant_in_use_never_misses_one(house: House, zoo: Rooms) -> None:

@@ -21,6 +21,7 @@ from service import adapt, app, upkeep
 from service.classify import ClassifyCall, classify
 from service.desk import Reading
 from service.errors import Contended
+from service.jobs import Report
 from service.rooms import Rooms
 from service.settings import Settings
 from service.stores.base import (
@@ -341,6 +342,25 @@ async def test_only_one_of_two_replicas_does_it(house: House, rooms: Rooms) -> N
     assert [one.kind for one in await other.jobs.every("zoo")] == ["rescore"]
 
 
+async def test_of_two_who_look_at_the_same_moment_and_find_nobody_at_it_one_begins(
+    house: House, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = await house.open()
+    real, looked = house.store.jobs, asyncio.Barrier(2)
+
+    async def together(tenant: str) -> Sequence[Job]:
+        found = await real(tenant)
+        await looked.wait()
+        return found
+
+    await house.put(colours(), slots={GREEN: [slot("1", look("red"))]})
+    with monkeypatch.context() as patched:
+        patched.setattr(house.store, "jobs", together)
+        async with asyncio.timeout(PATIENCE_S):
+            told = await asyncio.gather(*(upkeep.resume(each, "zoo") for each in (rooms, other)))
+    assert len([job for job in told if job is not None]) == 1
+
+
 async def test_work_that_takes_long_is_not_begun_twice(house: House, rooms: Rooms, gate: Gate) -> None:
     """However long: a job that is written down every other second is at it."""
     other = await house.open()
@@ -422,6 +442,45 @@ async def test_a_tenant_that_is_not_there_or_of_another_encoder_is_nobodys_to_ke
     await house.put(colours(), fingerprint="fake-9")
     assert await upkeep.resume(rooms, "zoo") is None
     assert await rooms.jobs.every("zoo") == []
+
+
+async def test_once_it_is_done_nobody_finds_the_memory_due_not_even_who_was_loading_it(
+    house: House, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, score = house.store.load, upkeep._scored_anew
+    read, scored, gate = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def slowly(tenant: str, **others: bool) -> StoredMemory | None:
+        found = await load(tenant, **others)
+        if not read.is_set():
+            read.set()
+            await gate.wait()
+        return found
+
+    async def noted(rooms: Rooms, stored: StoredMemory, report: Report) -> dict[str, StoredBank]:
+        banks = await score(rooms, stored, report)
+        scored.set()
+        return banks
+
+    await house.put(colours(), slots={GREEN: [slot("1", look("red"))]})
+    monkeypatch.setattr(rooms.store, "load", slowly)
+    monkeypatch.setattr(upkeep, "_scored_anew", noted)
+    loading = asyncio.create_task(_is_due(rooms))
+    async with asyncio.timeout(PATIENCE_S):
+        await read.wait()
+        job = await upkeep.resume(rooms, "zoo")
+        await scored.wait()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        gate.set()
+        await loading
+    await done(rooms, job)
+    assert not await _is_due(rooms)
+
+
+async def _is_due(rooms: Rooms) -> bool:
+    async with rooms.archive.open("zoo") as hot:
+        return hot.due
 
 
 async def test_whoever_meets_a_memory_that_is_due_has_it_seen_to(house: House, rooms: Rooms) -> None:
@@ -555,6 +614,19 @@ async def test_a_shot_that_is_removed_meanwhile_stays_removed(
     shots = await house.shots()
     assert set(shots) == {shot(n).id for n in range(10)} - {gone}
     assert all(one.feature for one in shots.values())
+
+
+async def test_reading_ends_when_the_tenant_goes_back_to_another_encoder(
+    house: House, newer: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between two releases of which one is rolled out and back."""
+    job, door = await _in_between(house, newer, monkeypatch, 10)
+    older = await house.open()
+    await adapt.put_tenant(older, "zoo", colours(kept=True))
+    door.open()
+    over = await done(newer, job)
+    assert (over.state, over.result) == (JobState.DONE, {"shots": 4, "failed": []})
+    assert (await house.memory()).record.fingerprint == "fake-1"
 
 
 async def test_while_images_wait_to_be_read_nothing_is_learned_and_answers_say_so(

@@ -1,0 +1,22 @@
+"""The command `dmn` as it is, but for its encoder: one without weights, which sees colours."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from core import openclip
+from core.encoder import Encoder
+from service.cli import main
+from tests.fakes import FakeEncoder
+
+
+def _load(name: str, *, device: torch.device) -> Encoder:  # noqa: ARG001 - whatever is asked for
+    return FakeEncoder()
+
+
+if __name__ == "__main__":
+    openclip.load = _load  # type: ignore[assignment]
+    sys.argv[0] = "dmn"
+    main()
