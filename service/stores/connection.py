@@ -325,6 +325,23 @@ class _Batch(Pipeline):
             return await super().execute(raise_on_error)
 
 
+class _Sentinels(Sentinel):
+    """Sentinels, the one that answered last first.
+
+    redis-py reorders them in place, and two callers at once put one twice and another one out.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        self._all = tuple(self.sentinels)
+
+    async def discover_master(self, service_name: str) -> Address:
+        try:
+            return tuple(await super().discover_master(service_name))
+        finally:
+            self.sentinels = list(dict.fromkeys((*self.sentinels, *self._all)))
+
+
 class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
     """Connections to the server that Sentinels name; callers beyond their number wait."""
 
@@ -365,7 +382,7 @@ def _sentinel_pool(place: _Place, timeout_s: float) -> ConnectionPool:
         watchers |= {"ssl": True} | place.security()
     for name in ("username", "password"):
         watchers[name] = place.options.get(f"sentinel_{name}")
-    sentinels = Sentinel(place.hosts, sentinel_kwargs=watchers)  # type: ignore[no-untyped-call]
+    sentinels = _Sentinels(place.hosts, sentinel_kwargs=watchers)
     own = {"db": place.db, "retry": _retry(), "socket_keepalive": True} | place.login() | place.security()
     return _SentinelPool(  # type: ignore[no-untyped-call]
         place.name,

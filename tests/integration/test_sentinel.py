@@ -1,0 +1,71 @@
+"""Memories on a primary and its replica under Sentinels, and what a failover leaves of them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+
+from tests.servers import BINARIES, HOST, PATIENCE_S, SERVICE, Guarded, sentinel
+from tests.soak.cluster import TIMEOUT_S, judge, load
+
+DOWN_AFTER_MS = 1000
+SOON_S = 2 * TIMEOUT_S + 10 * DOWN_AFTER_MS / 1000
+"""Until the service goes on after a loss: a call may wait out its timeout twice, and the Sentinels agree in time."""
+
+KINDS = [kind for kind, binary in BINARIES.items() if binary is not None]
+pytestmark = pytest.mark.skipif(not KINDS, reason="no Valkey or Redis server is installed")
+
+
+@pytest.fixture(params=KINDS)
+def guarded(request: pytest.FixtureRequest) -> Iterator[Guarded]:
+    """Run servers and their Sentinels."""
+    with sentinel(str(BINARIES[request.param]), down_after_ms=DOWN_AFTER_MS) as own:
+        yield own
+
+
+async def failed_over(heard: PubSub) -> int:
+    """Return the port of the next primary that a Sentinel announces."""
+    async with asyncio.timeout(PATIENCE_S):
+        while (message := await heard.get_message(ignore_subscribe_messages=True, timeout=None)) is None:
+            pass
+    name, _, _, _, port = str(message["data"]).split()
+    assert name == SERVICE
+    return int(port)
+
+
+@pytest.mark.parametrize("loss", ["kill", "hold"])
+async def test_after_a_failover_writes_go_on_at_the_new_primary_and_nothing_that_it_had_is_lost(
+    guarded: Guarded, loss: str
+) -> None:
+    watcher = Redis(host=HOST, port=guarded.sentinels[0].port, decode_responses=True)
+    async with watcher, watcher.pubsub() as heard, load(guarded, ["zoo"], witnessed=True) as work:
+        await heard.subscribe("+switch-master")
+        await work.goes_on("zoo")
+        old, (new,) = guarded.owner(), guarded.servers[1:]
+        began = time.monotonic()
+        getattr(old, loss)()
+        assert await failed_over(heard) == new.port
+        await work.goes_on("zoo")
+        back_s = work.books["zoo"].back_after(began)
+        await work.finish()
+        found = await judge(work, "zoo", survived=False)
+        assert guarded.owner() is new
+    assert not found.broken, found
+    assert found.replicated > 0
+    assert back_s < SOON_S
+
+
+async def test_a_store_finds_the_primary_as_long_as_one_sentinel_is_left(guarded: Guarded) -> None:
+    for one in guarded.sentinels[:2]:
+        one.kill()
+    async with load(guarded, ["zoo"]) as work:
+        await work.goes_on("zoo")
+        await work.finish()
+        found = await judge(work, "zoo", survived=True)
+    assert not found.broken, found
+    assert not found.refused
