@@ -163,7 +163,8 @@ class Desk:
         """Wait until every group under way is done, and what waits for the store is pushed or, if need be, given up."""
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.deliver()
+        for _ in range(_TRIES):  # a memory that changed in between is pushed to once it is read again
+            await self.deliver()
         for tenant in self._outbox.tenants:
             self._lose(len(self._outbox.take(tenant)[1]), tenant, "the service stops")
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from . import logs, snapshots
-from .errors import ServiceError
+from .errors import NoClasses, ServiceError, StoreDown, UnknownTenant
 from .rooms import Rooms
 
 TICK_S = 1.0
@@ -55,7 +55,9 @@ class Housekeeper:
 async def _attempt(duty: Callable[[], Awaitable[None]]) -> None:
     try:
         await duty()
-    except ServiceError:
-        return  # told elsewhere: the store is away, or the tenant is gone
+    except (StoreDown, UnknownTenant, NoClasses):
+        return  # told elsewhere
+    except ServiceError as error:
+        logs.event(logs.UPKEEP_FAILED, level=logging.WARNING, detail=error.detail)
     except Exception as error:  # noqa: BLE001 - the next duty is not to blame
         logs.event(logs.UPKEEP_FAILED, level=logging.ERROR, error=error)

@@ -20,7 +20,7 @@ from core.numerics import entropy
 
 from . import logs
 from .archive import origin_of, stack_features
-from .errors import Contended, QueueFull
+from .errors import Contended, Internal, QueueFull
 from .images import ImageFault
 from .jobs import Report
 from .rooms import Rooms
@@ -70,7 +70,7 @@ async def _rescore(rooms: Rooms, tenant: str, report: Report) -> Mapping[str, An
             )
         except Conflict:
             continue
-        rooms.archive.drop(tenant)
+        await _drop(rooms, tenant)
         slots = sum(map(len, banks.values()))
         logs.event(logs.MEMORY_RESCORED, tenant=tenant, slots=slots)
         return {"slots": slots}
@@ -117,14 +117,14 @@ async def _reencode(rooms: Rooms, tenant: str, report: Report) -> Mapping[str, A
     for _ in range(_TRIES):
         stored = await rooms.store.load(tenant)
         if stored is None or stored.record.fingerprint != rooms.encoder.fingerprint:
-            break
+            return {"shots": len(done), "failed": []}
         try:
             await _read_all(rooms, stored, done, failed, report)
         except ReloadNeeded:
             continue  # the tenant began a new epoch: see what still waits
         if failed:
             await rooms.store.remove_shots(tenant, sorted(failed))
-            rooms.archive.drop(tenant)
+            await _drop(rooms, tenant)
         logs.event(logs.SHOTS_REENCODED, tenant=tenant, shots=len(done), failed=len(failed))
         return {"shots": len(done), "failed": sorted(failed)}
     raise Contended
@@ -144,7 +144,7 @@ async def _read_all(rooms: Rooms, stored: StoredMemory, done: set[str], failed: 
         images = await rooms.store.images(tenant, stamp, part)
         read = [await _read(rooms, shot, image) for shot, image in zip(part, images, strict=True)]
         await rooms.store.add_shots(tenant, stamp, [shot for shot in read if shot is not None])
-        rooms.archive.drop(tenant)
+        await _drop(rooms, tenant)
         done |= {shot.id for shot in read if shot is not None}
         failed |= {shot.id for shot, own in zip(part, read, strict=True) if own is None}
         report((len(done) + len(failed)) / total)
@@ -161,9 +161,15 @@ async def _read(rooms: Rooms, shot: StoredShot, image: bytes | None) -> StoredSh
                 developed = await rooms.darkroom.develop(image)
                 feature = await rooms.batcher.encode(developed.pixels, deadline=deadline, timings={})
                 return replace(shot, feature=await rooms.worker.run(encode_feature, feature[0]))
-        except ImageFault:
+        except (ImageFault, Internal):  # or every try would end at this very image
             return None
         except QueueFull as full:
             if rooms.clock() > deadline:
                 raise
             await asyncio.sleep(full.retry_after_s or 1.0)  # callers come first
+
+
+async def _drop(rooms: Rooms, tenant: str) -> None:
+    """Forget the hot memory, also one that is being loaded: it may have been read before."""
+    async with rooms.archive.exclusive(tenant):
+        rooms.archive.drop(tenant)
