@@ -237,9 +237,11 @@ def _weights(text: str) -> tuple[float, float, float]:
 
 def _shown(name: str, value: object) -> object:
     """Return a setting as it may be shown: a store's URL without its password."""
-    if name == "store" and "@" in str(value):
+    if name == "store" and "://" in str(value):
         scheme, _, rest = str(value).partition("://")
-        return f"{scheme}://********@{rest.rpartition('@')[2]}"
+        place, _, query = rest.partition("?")
+        login, at, host = place.rpartition("@")
+        return f"{scheme}://{'********' if login else ''}{at}{host}{'?********' if query else ''}"
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value

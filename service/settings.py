@@ -6,7 +6,6 @@ import ipaddress
 import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_settings import (
@@ -23,7 +22,7 @@ CONFIG_VARIABLE = "DMN_CONFIG"
 DEFAULT_TENANT = "default"
 """The tenant of callers that name none; it always exists, at first without classes."""
 
-_STORE_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "redis+cluster", "rediss+cluster")
+_STORE_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 
 
 class Settings(BaseSettings):
@@ -120,14 +119,14 @@ class Settings(BaseSettings):
     @field_validator("store")
     @classmethod
     def _known_store(cls, store: str) -> str:
-        if store not in ("memory", "embedded") and urlsplit(store).scheme not in _STORE_SCHEMES:
+        if store not in ("memory", "embedded") and store.partition("://")[0] not in _STORE_SCHEMES:
             raise ValueError(f"must be `memory`, `embedded` or a URL with {', '.join(_STORE_SCHEMES)}")
         return store
 
     @property
     def store_kind(self) -> str:
         """What the store is, without its address: that may hold a password."""
-        return self.store if self.store in ("memory", "embedded") else urlsplit(self.store).scheme
+        return self.store.partition("://")[0]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -1,4 +1,4 @@
-"""The store in Redis or Valkey: one node, Sentinel or a cluster. The only file that imports redis.
+"""The store in Redis or Valkey: one node, Sentinel or a cluster; `connection` has the client.
 
 What has to be one step is a script in `lua/`. A bank, the dynamic slots of a tenant, is written aside in slices and
 then switched to, so that no call keeps the server from others for long; banks that were left are swept.
