@@ -43,7 +43,8 @@ from .base import (
     TenantRecord,
     Verdict,
 )
-from .connection import FAULTS, check, down
+from .connection import check
+from .faults import FAULTS, down
 from .keys import TENANTS, Keys
 
 T = TypeVar("T")

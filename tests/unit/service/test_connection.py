@@ -17,8 +17,11 @@ from redis.asyncio import Connection, Redis, SSLConnection, UnixDomainSocketConn
 from redis.asyncio.sentinel import MasterNotFoundError
 from redis.crc import key_slot
 
-from service.stores import connection
-from service.stores.connection import connect, down
+from service.stores import client as client_module
+from service.stores import cluster as cluster_module
+from service.stores import place
+from service.stores.connection import connect
+from service.stores.faults import down
 
 SECRET = "s3cr3t-pässword"
 QUOTED = "s3cr3t-p%C3%A4ssword"
@@ -118,7 +121,7 @@ def test_a_client_shows_where_it_goes_and_no_password(url: str, shown: str) -> N
     client: Any = connect(url.format(QUOTED, QUOTED))
     assert client.shown == shown
     for secret in (SECRET, QUOTED):
-        assert secret not in repr(connection._parse(url.format(QUOTED, QUOTED)))
+        assert secret not in repr(place.parse(url.format(QUOTED, QUOTED)))
 
 
 WRONG = {
@@ -222,7 +225,7 @@ async def test_a_command_ends_after_twice_the_timeout_whatever_it_waits_for(monk
     with pytest.raises(TimeoutError) as late:
         await client.ping()
     assert "in time" in down(late.value).detail
-    monkeypatch.setattr(connection._Single, "execute_command", for_ever)
+    monkeypatch.setattr(client_module.Single, "execute_command", for_ever)
     client = connect("redis+cluster://h", timeout_s=0.01)
     for call in (client.get("k"), client.pipeline().get("k").execute()):
         with pytest.raises(TimeoutError):
@@ -466,9 +469,9 @@ def world() -> World:
 @pytest.fixture
 async def cluster(world: World, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a cluster's client over the nodes of the world."""
-    monkeypatch.setattr(connection, "_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(cluster_module, "_PAUSES_S", (0.0, 0.0))
     make: Any = partial(Node, world)
-    return connection._Cluster([A, C], make, shown="", patience_s=60.0)
+    return cluster_module.Cluster([A, C], make, shown="", patience_s=60.0)
 
 
 async def test_a_command_goes_to_the_node_that_has_its_key(world: World, cluster: Any) -> None:
@@ -536,7 +539,7 @@ async def test_keys_on_both_nodes_are_waited_for_but_not_for_ever(world: World, 
     assert await cluster.get(LOW) == "whole"
     with pytest.raises(told.ClusterError):
         await cluster.get(LOW)
-    assert len(world.asked()) == 4 + connection._TURNS
+    assert len(world.asked()) == 4 + cluster_module._TURNS
 
 
 async def test_when_a_node_is_gone_the_others_are_asked_who_has_its_slots(world: World, cluster: Any) -> None:
