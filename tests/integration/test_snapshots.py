@@ -60,8 +60,13 @@ async def test_a_restore_brings_the_same_answers_back_to_the_last_bit(house: Hou
     await fill(house)
     before, memory = await answers(house), await house.memory()
     snapshot = await taken(house)
-    for seed in range(100, 110):
-        await house.predictions(*(picture(colour, seed) for colour in ("red", "green", "blue")))
+    learned = 0
+    for start in range(1000, 1180, 20):
+        outcomes = await house.outcomes(
+            *(picture(colour, seed) for seed in range(start, start + 20) for colour in ("red", "green", "blue"))
+        )
+        learned += sum(outcome in ("filled", "replaced") for outcome in outcomes)
+    assert learned > 100
     await house.upload("blue", picture("blue", 77))
     assert await answers(house) != before
     await restored(house, snapshot["id"])
