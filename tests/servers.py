@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -38,6 +39,20 @@ _PORTS = range(10_000, 32_000)
 
 _LAUNCHES = 5
 
+_GUARD = """
+import os, shutil, signal, sys
+folder = sys.argv[1]
+sys.stdin.read()
+for pid in filter(str.isdigit, os.listdir('/proc') if os.path.isdir('/proc') else ()):
+    try:
+        if os.readlink(f'/proc/{pid}/cwd').startswith(folder):
+            os.kill(int(pid), signal.SIGKILL)
+    except OSError:
+        continue
+shutil.rmtree(folder, ignore_errors=True)
+"""
+"""Waits until its parent is gone, however that ended, and then ends whoever still lives in a folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
@@ -55,17 +70,29 @@ class Running:
 @contextmanager
 def server(binary: str, *more: str) -> Iterator[Running]:
     """Run a server until the block ends; `more` are options such as `--requirepass`, `secret`."""
-    with TemporaryDirectory(prefix="dmn-") as name:
-        folder = Path(name)
-        listening = folder / "s.sock"
+    with _folder() as folder:
+        name, listening = str(folder), folder / "s.sock"
         arguments = ("--port", "0", "--unixsocket", str(listening), "--save", "", "--dir", name, *more)
-        with (folder / "log").open("wb") as log, subprocess.Popen((binary, *arguments), stdout=log, stderr=log) as own:
+        command = (binary, *arguments)
+        with (
+            (folder / "log").open("wb") as log,
+            subprocess.Popen(command, stdout=log, stderr=log, cwd=name) as own,
+        ):
             try:
                 wait_until_listening(own, listening)
                 yield Running(process=own, folder=folder, socket=listening)
             finally:
                 own.terminate()
                 own.wait(PATIENCE_S)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """Make a folder for servers to live in, who end with it: also when this process is killed."""
+    with TemporaryDirectory(prefix="dmn-", ignore_cleanup_errors=True) as name:
+        command = (sys.executable, "-I", "-S", "-c", _GUARD, name)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+            yield Path(name)
 
 
 def wait_until_listening(process: subprocess.Popen[bytes], path: Path) -> None:
@@ -173,8 +200,7 @@ def _nodes(launch: Callable[[Path, Sequence[int]], list[Node]], ports: int) -> I
     """Run servers that `launch` makes of a folder and so many free ports; others may take a port first: try again."""
     with ExitStack() as stack:
         for last in [False] * (_LAUNCHES - 1) + [True]:
-            folder = stack.enter_context(TemporaryDirectory(prefix="dmn-", ignore_cleanup_errors=True))
-            nodes = launch(Path(folder), _free_ports(ports))
+            nodes = launch(stack.enter_context(_folder()), _free_ports(ports))
             stack.callback(_end, nodes)
             try:
                 for node in nodes:
