@@ -24,10 +24,15 @@ from ..tenants import TenantConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class Stamp:
-    """Where a memory is in its life."""
+    """Where a memory is in its life.
+
+    `mark` tells apart two histories that count to the same version: a replica that takes over may not have heard of its
+    primary's last changes. Only the store that gave it reads it.
+    """
 
     epoch: int
     version: int
+    mark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,10 @@ class Keys:
 
     @property
     def config(self) -> str:
-        """Hash: what `TenantRecord` has, and `format`, `slots`, `bank`, `pile`, `settled`; see `lua/replace.lua`."""
+        """Hash: what `TenantRecord` has, and `format`, `slots`, `bank`, `pile`, `settled`; see `lua/replace.lua`.
+
+        And `mark`, that of the present version, and `base`, that of the settled one.
+        """
         return f"{self._root}:cfg"
 
     @property

@@ -127,9 +127,9 @@ class RedisStore:
     async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | StoreDown | None]:
         pipeline = self._client.pipeline(transaction=False)
         for tenant in tenants:
-            pipeline.hmget(Keys(tenant).config, "epoch", "version")
+            pipeline.hmget(Keys(tenant).config, "epoch", "version", "mark")
         found = await self._do(pipeline.execute(raise_on_error=not self._spread))
-        return [self._fault(one) if isinstance(one, Exception) else _stamp(*one) for one in found]
+        return [self._fault(one) if isinstance(one, Exception) else _stamp_or_none(*one) for one in found]
 
     async def replace(
         self,
@@ -181,14 +181,14 @@ class RedisStore:
         )
         touched = (keys.config, keys.log, *keys.shots(present.pile), *keys.every_slot(present.bank, leaves))
         args = (*at, int(exact), epoch, read.bank, read.pile, *about, config.slots, repr(self._clock()), *leaves)
-        version = int(await self._run("replace.lua", touched, args))
-        if version < 0:
+        told = await self._run("replace.lua", touched, args)
+        if told[0] < 0:
             # By the ids at hand: whoever was faster may have swept the list of them, while this was still writing.
             await self._remove_written(keys, f"b{epoch}", stay)
             await self._remove_written(keys, f"s{epoch}")
             raise Conflict(tenant)
         await self._sweep(keys, epoch, read)
-        return Stamp(epoch=epoch, version=version)
+        return _stamp(epoch, *told)
 
     async def delete(self, tenant: str) -> bool:
         keys = Keys(tenant)
@@ -212,7 +212,7 @@ class RedisStore:
         keys = Keys(tenant)
         named = list(dict.fromkeys(candidate.class_id for candidate in candidates))
         number = {class_id: at for at, class_id in enumerate(named, 1)}
-        args: list[str | bytes | float] = [f"{since.epoch} {since.version}"]
+        args: list[str | bytes | float] = [f"{since.epoch} {since.version} {since.mark}"]
         for candidate in candidates:
             slot = candidate.slot
             args += [number[candidate.class_id], slot.id, struct.pack("<d", slot.entropy), slot.feature]
@@ -223,7 +223,7 @@ class RedisStore:
             raise ReloadNeeded(tenant)
         verdicts = tuple(Verdict(outcome=Outcome(told.decode()), evicted=_text(evicted)) for told, evicted in reply[2])
         changes = tuple(_change(*values) for values in reply[3])
-        stamp = Stamp(epoch=since.epoch, version=int(reply[1]))
+        stamp = _stamp(since.epoch, reply[1], reply[4])
         return Pushed(verdicts=verdicts, synced=Synced(stamp=stamp, changes=changes))
 
     async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
@@ -232,10 +232,10 @@ class RedisStore:
         for shot in shots:
             args += [shot.id, _owner(shot), shot.feature, shot.image or b""]
         pile = keys.shots((await self._places(tenant, since.epoch)).pile)
-        version = await self._run("shots.lua", (keys.config, keys.log, *pile), args)
-        if version < 0:
+        told = await self._run("shots.lua", (keys.config, keys.log, *pile), args)
+        if told[0] < 0:
             raise ReloadNeeded(tenant)
-        return Stamp(epoch=since.epoch, version=version)
+        return _stamp(since.epoch, *told)
 
     async def images(self, tenant: str, at: Stamp, shots: Sequence[StoredShot]) -> Sequence[bytes | None]:
         key = Keys(tenant).shots((await self._places(tenant, at.epoch)).pile)[2]
@@ -351,6 +351,8 @@ class RedisStore:
 
     async def _load(self, tenant: str, record: TenantRecord, places: _Places, *, images: bool) -> StoredMemory:
         keys, epoch = Keys(tenant), record.stamp.epoch
+        # What an epoch's number stood for before a replica took over may not be what it stands for now.
+        self._known[(record.name, epoch)] = places
         slots: dict[str, StoredBank] = {}
         barred: set[tuple[str, str]] = set()
         slices = list(_parts([spec.id for spec in record.config.classes], _classes_a_slice(record)))
@@ -469,7 +471,7 @@ class RedisStore:
             touched = (keys.config, keys.log, keys.epochs, *keys.shots(places.pile), *gone)
             told = await self._run("remove.lua", touched, (record.stamp.epoch, *which))
             if told[0] >= 0:
-                return Stamp(epoch=told[0], version=told[1]), told[2]
+                return _stamp(told[0], told[1], told[3]), told[2]
         raise Contended
 
     async def _places(self, tenant: str, epoch: int) -> _Places:
@@ -521,12 +523,16 @@ def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
         origin=json.loads(fields[b"origin"]),
         labelling=fields[b"labelling"].decode(),
         created=float(fields[b"created"]),
-        stamp=Stamp(epoch=int(fields[b"epoch"]), version=int(fields[b"version"])),
+        stamp=_stamp(fields[b"epoch"], fields[b"version"], fields.get(b"mark")),
     )
 
 
-def _stamp(epoch: bytes | None, version: bytes | None) -> Stamp | None:
-    return None if epoch is None or version is None else Stamp(epoch=int(epoch), version=int(version))
+def _stamp_or_none(epoch: bytes | None, version: bytes | None, mark: bytes | None) -> Stamp | None:
+    return None if epoch is None or version is None else _stamp(epoch, version, mark)
+
+
+def _stamp(epoch: bytes | int, version: bytes | int, mark: bytes | None) -> Stamp:
+    return Stamp(epoch=int(epoch), version=int(version), mark=(mark or b"").decode())
 
 
 def _bank(ids: bytes, entropies: bytes, features: bytes) -> StoredBank:

@@ -10,6 +10,9 @@ if redis.call('ZREM', KEYS[3], ARGV[2]) == 0 then
   return 0
 end
 redis.call('HSET', KEYS[4], ARGV[2], '')
-redis.call('HSET', KEYS[1], 'settled', redis.call('HINCRBY', KEYS[1], 'version', 1))
+-- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
+local now = redis.call('TIME')
+local mark = now[1] .. '.' .. now[2]
+redis.call('HSET', KEYS[1], 'settled', redis.call('HINCRBY', KEYS[1], 'version', 1), 'mark', mark, 'base', mark)
 redis.call('DEL', KEYS[2])
 return 1

@@ -3,22 +3,35 @@
 --
 -- KEYS  1 configuration (hash), 2 log (stream), then for each class named: its entropies (sorted set, slot id -> nats),
 --       its features (hash, slot id -> bytes)
--- ARGV  1 epoch and version that the caller has, a space between them, then for each candidate: number of its class
---       (from 1), slot id, entropy (nats, a little-endian double), feature (bytes)
--- Gives {0} if the caller has to load anew, and nothing was written; else {1, version, verdicts, changes}:
+-- ARGV  1 epoch, version and mark that the caller has, a space between them, then for each candidate: number of its
+--       class (from 1), slot id, entropy (nats, a little-endian double), feature (bytes)
+-- Gives {0} if the caller has to load anew, and nothing was written; else {1, version, verdicts, changes, mark}:
 --       verdicts are {outcome, evicted id or ''}, changes are {class id, slot id, entropy, feature, evicted id or ''}
 --
 -- One call is one atomic step. Sorted sets order equal entropies by id, so the last member is the largest (entropy,
 -- id) of its class: the result does not depend on the order of calls, and a call that is repeated changes nothing.
-local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'settled', 'slots')
-local epoch, seen = string.match(ARGV[1], '(%d+) (%d+)')
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'settled', 'slots', 'mark', 'base')
+local epoch, seen, witness = string.match(ARGV[1], '(%d+) (%d+) (%S*)')
 local since = tonumber(seen)
 if known[1] ~= epoch or since < tonumber(known[3]) then
   return {0}
 end
-local version, slots = tonumber(known[2]), tonumber(known[4])
-if since > version then
-  return {0} -- the caller saw writes that were lost with a primary that had not passed them on
+local version, slots, mark = tonumber(known[2]), tonumber(known[4]), known[5] or ''
+
+-- The caller may have seen writes that were lost with a primary that had not passed them on: what it has last seen has
+-- to be of this history, and not only of the same number.
+local function was(at)
+  if at == version then
+    return mark
+  elseif at == tonumber(known[3]) then
+    return known[6] or ''
+  end
+  local id = string.format('%.0f-0', at)
+  local entry = redis.call('XRANGE', KEYS[2], id, id)[1]
+  return entry and entry[2][12]
+end
+if since > version or was(since) ~= witness then
+  return {0}
 end
 local log_length = 2048 -- slot changes kept for workers that are behind; one further behind loads anew
 
@@ -33,6 +46,10 @@ if version > since then
     changes[i] = {values[2], values[4], values[6], values[8], values[10]}
   end
 end
+
+-- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
+local now = redis.call('TIME')
+local next_mark = now[1] .. '.' .. now[2]
 
 -- Lua's own < compares by the server's locale; ours has to be the same everywhere.
 local function less(a, b)
@@ -55,7 +72,7 @@ local function write(z, h, id, entropy, feature, evicted)
   version = version + 1
   local class = string.match(z, '[^:]+$')
   redis.call('XADD', KEYS[2], 'MAXLEN', '=', log_length, string.format('%.0f-0', version),
-    'c', class, 'i', id, 'e', entropy, 'f', feature, 'o', evicted)
+    'c', class, 'i', id, 'e', entropy, 'f', feature, 'o', evicted, 'm', next_mark)
   changes[#changes + 1] = {class, id, entropy, feature, evicted}
 end
 
@@ -94,7 +111,8 @@ for at = 2, #ARGV, 4 do
   local entropy = string.format('%.17g', struct.unpack('<d', ARGV[at + 2]))
   verdicts[#verdicts + 1] = enter(KEYS[z], KEYS[z + 1], ARGV[at + 1], entropy, ARGV[at + 3])
 end
-if #verdicts > 0 then
-  redis.call('HSET', KEYS[1], 'version', string.format('%.0f', version))
+if version > tonumber(known[2]) then
+  mark = next_mark
+  redis.call('HSET', KEYS[1], 'version', string.format('%.0f', version), 'mark', mark)
 end
-return {1, string.format('%.0f', version), verdicts, changes}
+return {1, string.format('%.0f', version), verdicts, changes, mark}

@@ -3,7 +3,7 @@
 -- KEYS  1 configuration (hash), 2 log, 3 epochs (counter), 4 shots' classes, 5 shots' features, 6 shots' images, then
 --       keys of the bank to remove
 -- ARGV  1 epoch that the caller has, 2 what to remove of the shots: 'ids', 'classes', 'all' or 'none', then the ids
--- Gives {epoch, version, shots removed}; {-1} if the epoch is over, and nothing was written.
+-- Gives {epoch, version, shots removed, mark}; {-1} if the epoch is over, and nothing was written.
 -- Removing shots by id that are not there is no change, and starts no epoch.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return {-1}
@@ -27,7 +27,8 @@ elseif ARGV[2] == 'ids' then
     removed = removed + drop(ARGV[at])
   end
   if removed == 0 then
-    return {tonumber(ARGV[1]), tonumber(redis.call('HGET', KEYS[1], 'version')), 0}
+    local known = redis.call('HMGET', KEYS[1], 'version', 'mark')
+    return {tonumber(ARGV[1]), tonumber(known[1]), 0, known[2]}
   end
 elseif ARGV[2] == 'classes' then
   local named = {}
@@ -44,8 +45,11 @@ end
 for at = 7, #KEYS do
   redis.call('UNLINK', KEYS[at])
 end
+-- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
+local now = redis.call('TIME')
+local mark = now[1] .. '.' .. now[2]
 local epoch = redis.call('INCR', KEYS[3])
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
-redis.call('HSET', KEYS[1], 'epoch', epoch, 'settled', version)
+redis.call('HSET', KEYS[1], 'epoch', epoch, 'settled', version, 'mark', mark, 'base', mark)
 redis.call('DEL', KEYS[2])
-return {epoch, version, removed}
+return {epoch, version, removed, mark}

@@ -6,15 +6,15 @@
 --       written since matter (1 or 0), 4 new epoch, 5 bank and 6 pile that are to be read, 7 format,
 --       8 name, 9 configuration (JSON), 10 fingerprint, 11 origin (JSON), 12 labelling version of the slots, 13 slots a
 --       class, 14 now (wall time in seconds), then ids of classes that leave
--- Gives the new version, or -1 if the tenant has changed since; then nothing was written.
+-- Gives {new version, mark}, or {-1} if the tenant has changed since; then nothing was written.
 -- A pile that is kept under another fingerprint keeps the shots that have an image, without their features.
 local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled')
 if (known[1] or '') ~= ARGV[1] then
-  return -1
+  return {-1}
 end
 local latest = ARGV[3] == '1' and known[2] or known[6]
 if latest and tonumber(latest) > tonumber(ARGV[2]) then
-  return -1
+  return {-1}
 end
 
 local function thin(leaves, blank)
@@ -47,10 +47,14 @@ if known[4] == ARGV[5] then
     redis.call('UNLINK', KEYS[at])
   end
 end
+-- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
+local now = redis.call('TIME')
+local mark = now[1] .. '.' .. now[2]
 local version = string.format('%.0f', known[2] and tonumber(known[2]) + 1 or 0)
 redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5], 'pile', ARGV[6], 'version', version,
-  'settled', version, 'format', ARGV[7], 'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11],
+  'settled', version, 'mark', mark, 'base', mark,
+  'format', ARGV[7], 'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11],
   'labelling', ARGV[12], 'slots', ARGV[13])
 redis.call('HSETNX', KEYS[1], 'created', ARGV[14])
 redis.call('DEL', KEYS[2])
-return version
+return {tonumber(version), mark}

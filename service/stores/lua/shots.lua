@@ -3,9 +3,9 @@
 -- KEYS  1 configuration (hash), 2 log, 3 shots' classes, 4 shots' features, 5 shots' images
 -- ARGV  1 epoch that the caller has, then for each shot: id, class id and size of the image, feature (bytes), image
 --       (bytes, '' for none)
--- Gives the version, or -1 if the epoch is over; then nothing was written.
+-- Gives {version, mark}, or {-1} if the epoch is over; then nothing was written.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
-  return -1
+  return {-1}
 end
 local new = 0
 for at = 2, #ARGV, 4 do
@@ -22,9 +22,13 @@ for at = 2, #ARGV, 4 do
   end
 end
 if new == 0 then
-  return tonumber(redis.call('HGET', KEYS[1], 'version'))
+  local known = redis.call('HMGET', KEYS[1], 'version', 'mark')
+  return {tonumber(known[1]), known[2]}
 end
+-- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
+local now = redis.call('TIME')
+local mark = now[1] .. '.' .. now[2]
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
-redis.call('HSET', KEYS[1], 'settled', version)
+redis.call('HSET', KEYS[1], 'settled', version, 'mark', mark, 'base', mark)
 redis.call('DEL', KEYS[2])
-return version
+return {version, mark}
