@@ -23,6 +23,7 @@ from redis.asyncio import (
     SSLConnection,
     UnixDomainSocketConnection,
 )
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
 from redis.backoff import ExponentialBackoff, NoBackoff
@@ -110,7 +111,35 @@ class _SentinelPool(SentinelConnectionPool, BlockingConnectionPool):
     """Connections to the server that Sentinels name; callers beyond their number wait."""
 
 
-class _Watched(SentinelManagedConnection):
+class _Heeding(AbstractConnection):
+    """A connection that gives up when its caller is cancelled while it sends.
+
+    redis-py sends within `asyncio.wait_for`, which in Python 3.11 forgets a cancellation if what it waits for is done,
+    as sending mostly is: deadlines would pass unheard, and loops that are told to stop go on.
+    """
+
+    async def send_packed_command(self, command: Any, check_health: bool = True) -> None:  # noqa: FBT001, FBT002 - as in the base
+        task = asyncio.current_task()
+        before = task.cancelling() if task else 0
+        await super().send_packed_command(command, check_health)
+        if task and task.cancelling() > before:
+            await self.disconnect(nowait=True)
+            raise asyncio.CancelledError
+
+
+class _Plain(_Heeding, Connection):
+    """One over TCP."""
+
+
+class _Secure(_Heeding, SSLConnection):
+    """One over TLS."""
+
+
+class _Local(_Heeding, UnixDomainSocketConnection):
+    """One through a socket of this machine."""
+
+
+class _Watched(_Heeding, SentinelManagedConnection):
     """A connection that asks the Sentinels again before it is made anew, and not only when the pool makes it.
 
     Without it a call that meets a primary which was just demoted tries that one again, until it gives up.
@@ -130,10 +159,10 @@ def _pool(place: Place, timeout_s: float, retry: Retry) -> ConnectionPool:
     """Return connections to one server."""
     common = _common(timeout_s) | place.login() | {"db": place.db, "retry": retry}
     if place.kind == "unix":
-        own: dict[str, Any] = {"connection_class": UnixDomainSocketConnection, "path": place.name}
+        own: dict[str, Any] = {"connection_class": _Local, "path": place.name}
     else:
         ((host, port),) = place.hosts
-        kind = SSLConnection if place.tls else Connection
+        kind = _Secure if place.tls else _Plain
         own = {"connection_class": kind, "host": host, "port": port, "socket_keepalive": True} | place.security()
     return BlockingConnectionPool(max_connections=_CONNECTIONS, timeout=timeout_s, **common, **own)
 

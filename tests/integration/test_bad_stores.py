@@ -659,3 +659,18 @@ async def test_the_command_refuses_a_store_in_one_line_before_the_encoder_is_loa
 async def test_the_command_refuses_an_unfit_server_in_one_line_before_the_encoder_is_loaded() -> None:
     with server(next(str(binary) for binary in BINARIES.values() if binary), "--requirepass", PASSWORD) as own:
         assert "refuses the user or the password" in await serve(with_login(own, ":wrong"))
+
+
+async def test_a_call_that_is_cancelled_at_any_moment_ends_and_leaves_its_connection_in_order(
+    running: Running,
+) -> None:
+    """Deadlines and orderly stops stand on it."""
+    async with opened(running.url) as client:
+        for number in range(200):
+            asked = asyncio.create_task(client.echo(f"{number}"))
+            for _ in range(number % 8):
+                await asyncio.sleep(0)
+            if asked.cancel():
+                with pytest.raises(asyncio.CancelledError):
+                    await asked
+            assert await client.echo(f"after {number}") == f"after {number}".encode()
