@@ -10,6 +10,10 @@ append-only file. Any number of `dmn` processes on one host share it. Three lock
 
 Locks belong to processes, so one that is killed leaves none behind; a server that outlives its users is found by its
 socket and taken over by the next.
+
+Every second its users, and not the server, flush the file to the disk. A server that is told to do it (`everysec`)
+holds back what it has to write while the disk is at it, for up to two seconds in its own memory: writes that were
+acknowledged would die with it.
 """
 
 from __future__ import annotations
@@ -52,6 +56,10 @@ _INHERITED = 3
 """File by which the server holds its lock."""
 
 _WATCH_S = 0.25
+_FLUSH_S = 1.0
+_WRITTEN = ("appendonlydir/*", "appendonly.aof")
+"""Files that the server writes to, as its seventh version and those before it name them."""
+
 _NAMES = ("valkey-server", "redis-server")
 
 
@@ -114,12 +122,16 @@ class EmbeddedServer:
             async with self._alone():
                 fcntl.flock(users, fcntl.LOCK_SH)
                 await self._ensure()
-            watch = asyncio.create_task(self._watch(), name="dmn-embedded-watch")
+            tasks = [
+                asyncio.create_task(self._watch(), name="dmn-embedded-watch"),
+                asyncio.create_task(self._flush(), name="dmn-embedded-flush"),
+            ]
             try:
                 yield
             finally:
-                watch.cancel()
-                await asyncio.gather(watch, return_exceptions=True)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 await self._leave(users)
 
     async def _leave(self, users: IO[bytes]) -> None:
@@ -135,6 +147,16 @@ class EmbeddedServer:
                 with suppress(StoreDown):
                     async with self._alone():
                         await self._ensure()
+
+    async def _flush(self) -> None:
+        """Bring to the disk what the server wrote, every second."""
+        seen: dict[Path, float] = {}
+        while True:
+            await asyncio.sleep(_FLUSH_S)
+            try:
+                await asyncio.to_thread(_flush_changed, self._folder, seen)
+            except OSError as error:
+                logs.event(logs.STORE_NOT_FLUSHED, level=logging.ERROR, error=error, folder=str(self._folder))
 
     async def _ensure(self) -> None:
         """Take over the server that answers on the socket, or start one where none lives.
@@ -202,7 +224,7 @@ class EmbeddedServer:
             "unixsocketperm": "700",
             "dir": str(self._folder.resolve()),
             "appendonly": "yes",
-            "appendfsync": self._fsync,
+            "appendfsync": "always" if self._fsync == "always" else "no",
             "save": "3600 1",
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
@@ -241,6 +263,23 @@ def _take_folder(folder: Path) -> None:
         raise StoreDown(
             f"The data folder {folder} cannot be used: {error.strerror}. Name another by DMN_DATA_DIR."
         ) from error
+
+
+def _flush_changed(folder: Path, seen: dict[Path, float]) -> None:
+    """Flush the files that changed since they were `seen`.
+
+    Raises:
+        OSError: the disk does not take it.
+    """
+    for path in [path for pattern in _WRITTEN for path in folder.glob(pattern)]:
+        with (
+            suppress(FileNotFoundError),
+            path.open("rb") as file,
+        ):  # one that was just replaced is flushed by the server
+            changed = os.fstat(file.fileno()).st_mtime
+            if seen.get(path) != changed:
+                os.fsync(file.fileno())
+                seen[path] = changed
 
 
 def _taken(lock: IO[bytes]) -> bool:

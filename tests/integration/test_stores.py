@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from redis.asyncio import Redis
@@ -228,3 +229,31 @@ async def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path: Path) ->
     with pytest.raises(StoreDown, match="cannot be used"):
         async with server_in(tmp_path / "file").running():
             pass
+
+
+@pytest.mark.parametrize(("fsync", "own"), [("everysec", "no"), ("always", "always")])
+async def test_what_was_acknowledged_never_waits_for_the_disk_in_the_server_s_own_memory(
+    tmp_path: Path, fsync: Literal["everysec", "always"], own: str
+) -> None:
+    server = embedded_server(tmp_path, "", fsync=fsync)
+    async with server.running(), Redis.from_url(server.url) as client:
+        assert (await client.config_get("appendfsync"))["appendfsync"] == own
+        written = tmp_path / "appendonlydir"
+        size = sum(file.stat().st_size for file in written.iterdir())
+        await client.set("key", b"x" * 1000)
+        assert sum(file.stat().st_size for file in written.iterdir()) > size + 1000
+
+
+async def test_what_the_server_wrote_is_flushed_once_and_again_when_it_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "appendonlydir" / "a.incr.aof"
+    file.parent.mkdir()
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    seen: dict[Path, float] = {}
+    for number, count in ((1, 1), (1, 1), (2, 2)):
+        file.write_bytes(b"x" * number)
+        os.utime(file, (number, number))
+        embedded._flush_changed(tmp_path, seen)
+        assert len(flushed) == count

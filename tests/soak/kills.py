@@ -374,12 +374,12 @@ def _slow(home: Path, report: Report, seed: int, rounds: int, *, encoder: str, r
     if binary is None:
         report.slow_disk = "not tried: there is no C compiler"
         return
-    before = report.broken
+    before = len(report.faults)
     own = Run(_folder(home / "slow"), report, seed + 1, ready_s=ready_s, encoder=encoder, binary=str(binary))
     with own.opened():
         for number in range(rounds):
             own.round(KINDS[1 + number % 2])
-    report.slow_disk = f"{rounds} rounds, every fsync {_DELAY_MS} ms, losses in {report.broken - before}"
+    report.slow_disk = f"{rounds} rounds, every fsync {_DELAY_MS} ms, {len(report.faults) - before} faults"
 
 
 def _slow_binary(home: Path) -> Path | None:
