@@ -215,7 +215,7 @@ class RedisStore:
         args: list[str | bytes | float] = [f"{since.epoch} {since.version} {since.mark}"]
         for candidate in candidates:
             slot = candidate.slot
-            args += [number[candidate.class_id], slot.id, struct.pack("<d", slot.entropy), slot.feature]
+            args += [number[candidate.class_id], slot.id, struct.pack("<d", slot.entropy) + slot.feature]
         bank = (await self._places(tenant, since.epoch)).bank if named else 0
         touched = (keys.config, keys.log, *keys.every_slot(bank, named))
         reply = await self._run("push.lua", touched, args)

@@ -12,7 +12,7 @@ end
 redis.call('HSET', KEYS[4], ARGV[2], '')
 -- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
 local now = redis.call('TIME')
-local mark = now[1] .. '.' .. now[2]
+local mark = string.format('%06x', (now[1] * 1000000 + now[2]) % 16777216)
 redis.call('HSET', KEYS[1], 'settled', redis.call('HINCRBY', KEYS[1], 'version', 1), 'mark', mark, 'base', mark)
 redis.call('DEL', KEYS[2])
 return 1

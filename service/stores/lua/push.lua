@@ -4,7 +4,7 @@
 -- KEYS  1 configuration (hash), 2 log (stream), then for each class named: its entropies (sorted set, slot id -> nats),
 --       its features (hash, slot id -> bytes)
 -- ARGV  1 epoch, version and mark that the caller has, a space between them, then for each candidate: number of its
---       class (from 1), slot id, entropy (nats, a little-endian double), feature (bytes)
+--       class (from 1), slot id, entropy (nats, a little-endian double) and feature (bytes) in one
 -- Gives {0} if the caller has to load anew, and nothing was written; else {1, version, verdicts, changes, mark}:
 --       verdicts are {outcome, evicted id or ''}, changes are {class id, slot id, entropy, feature, evicted id or ''}
 --
@@ -49,7 +49,7 @@ end
 
 -- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
 local now = redis.call('TIME')
-local next_mark = now[1] .. '.' .. now[2]
+local next_mark = string.format('%06x', (now[1] * 1000000 + now[2]) % 16777216)
 
 -- Lua's own < compares by the server's locale; ours has to be the same everywhere.
 local function less(a, b)
@@ -105,11 +105,12 @@ local function enter(z, h, id, entropy, feature)
 end
 
 local verdicts = {}
-for at = 2, #ARGV, 4 do
+for at = 2, #ARGV, 3 do
   local z = 1 + 2 * tonumber(ARGV[at])
   -- All 17 digits: the text stands for this very double.
-  local entropy = string.format('%.17g', struct.unpack('<d', ARGV[at + 2]))
-  verdicts[#verdicts + 1] = enter(KEYS[z], KEYS[z + 1], ARGV[at + 1], entropy, ARGV[at + 3])
+  local nats, rest = struct.unpack('<d', ARGV[at + 2])
+  local entropy = string.format('%.17g', nats)
+  verdicts[#verdicts + 1] = enter(KEYS[z], KEYS[z + 1], ARGV[at + 1], entropy, string.sub(ARGV[at + 2], rest))
 end
 if version > tonumber(known[2]) then
   mark = next_mark

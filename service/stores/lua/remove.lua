@@ -47,7 +47,7 @@ for at = 7, #KEYS do
 end
 -- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
 local now = redis.call('TIME')
-local mark = now[1] .. '.' .. now[2]
+local mark = string.format('%06x', (now[1] * 1000000 + now[2]) % 16777216)
 local epoch = redis.call('INCR', KEYS[3])
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
 redis.call('HSET', KEYS[1], 'epoch', epoch, 'settled', version, 'mark', mark, 'base', mark)

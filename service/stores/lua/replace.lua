@@ -49,7 +49,7 @@ if known[4] == ARGV[5] then
 end
 -- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
 local now = redis.call('TIME')
-local mark = now[1] .. '.' .. now[2]
+local mark = string.format('%06x', (now[1] * 1000000 + now[2]) % 16777216)
 local version = string.format('%.0f', known[2] and tonumber(known[2]) + 1 or 0)
 redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5], 'pile', ARGV[6], 'version', version,
   'settled', version, 'mark', mark, 'base', mark,
