@@ -21,14 +21,15 @@ from .classify import Answers, Sample, classify
 from .dynamic import DynamicMemory, Outcome
 from .errors import InvalidFeature, InvalidStream
 from .fusion import DEFAULT_WEIGHTS, BranchWeights
+from .measures import Marks, accuracy, calibration_error, macro_accuracy, marks
 from .numerics import checked_unit
+from .orders import iid
 from .projection import Projection
 from .shelves import Shelves
 from .snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Snapshot
 from .static import Shots, StaticMemory
 
 BATCH = 64
-BINS = 15
 DEFAULT_TAU = 100.0
 
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, NotImplementedError, MemoryError, BadZipFile, zlib.error)
@@ -49,6 +50,11 @@ class Stream:
     slots: int
     beta: float
     tau: float
+
+    def taken(self, order: Int[Tensor, " m"]) -> Stream:
+        """Return the stream of these images, in this order."""
+        labels = None if self.labels is None else self.labels[order]
+        return dc_replace(self, features=self.features[order], labels=labels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,14 +82,18 @@ class Replay:
     writes: Mapping[str, int]
     seconds: float
 
+    @property
+    def branches(self) -> dict[str, Float[Tensor, "n c"] | None]:
+        """Return the probabilities of each branch by its name, the fused ones last; None for an absent branch."""
+        return {"text": self.text, "dynamic": self.dynamic, "static": self.static, "fused": self.fused}
+
     def arrays(self) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
         """Return the arrays of an `--out` file."""
         banks = self.memory.classes
         entropies = np.zeros((len(banks), self.memory.slots), np.float32)
         for bank, row in zip(banks, entropies, strict=True):
             row[: len(bank)] = bank.entropies
-        named = {"text": self.text, "dynamic": self.dynamic, "static": self.static, "fused": self.fused}
-        out = {name: p.numpy() for name, p in named.items() if p is not None}
+        out = {name: p.numpy() for name, p in self.branches.items() if p is not None}
         counts = np.array([len(bank) for bank in banks], np.int64)
         return {**out, "slot": self.slot.numpy(), "counts": counts, "entropies": entropies}
 
@@ -129,13 +139,13 @@ def replay(stream: Stream, options: Options, *, progress: Callable[[int], None] 
 
 def summary(result: Replay, stream: Stream) -> dict[str, object]:
     """Return the figures of a replay: accuracies and calibration in percent, writes, rate."""
-    branches = {"text": result.text, "dynamic": result.dynamic, "static": result.static, "fused": result.fused}
+    branches = {name: None if p is None else marks(p) for name, p in result.branches.items()}
     n = len(result.slot)
 
-    def each(measure: Callable[[Tensor, Tensor], float]) -> dict[str, float | None]:
+    def each(measure: Callable[[Marks, Tensor], float]) -> dict[str, float | None]:
         return {
-            name: None if p is None or stream.labels is None else round(measure(p, stream.labels), 4)
-            for name, p in branches.items()
+            name: None if told is None or stream.labels is None else round(measure(told, stream.labels), 4)
+            for name, told in branches.items()
         }
 
     return {
@@ -147,27 +157,6 @@ def summary(result: Replay, stream: Stream) -> dict[str, object]:
         "writes": dict(result.writes),
         "images_per_second": round(n / result.seconds, 1) if result.seconds else None,
     }
-
-
-def accuracy(p: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
-    """Return the share of right answers, in percent."""
-    return 100.0 * (p.argmax(-1) == labels).double().mean().item()
-
-
-def macro_accuracy(p: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
-    """Return the mean over the classes that occur of their share of right answers, in percent."""
-    right = (p.argmax(-1) == labels).double()
-    return 100.0 * torch.stack([right[labels == c].mean() for c in torch.unique(labels)]).mean().item()
-
-
-def calibration_error(p: Float[Tensor, "n c"], labels: Int[Tensor, " n"]) -> float:
-    """Return the expected calibration error over 15 bins of equal width, in percent."""
-    confidence, predicted = p.double().max(-1)
-    right = (predicted == labels).double()
-    gap = torch.zeros(BINS, dtype=torch.float64)
-    bins = (confidence * BINS).ceil().long().sub(1).clamp(0, BINS - 1)
-    gap.index_add_(0, bins, right - confidence)
-    return 100.0 * (gap.abs().sum() / len(labels)).item()
 
 
 def _read(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -293,7 +282,7 @@ def _static(stream: Stream, first: int | None) -> StaticMemory:
 
 
 def _order(n: int, seed: int | None) -> Tensor:
-    return torch.arange(n) if seed is None else torch.from_numpy(np.random.default_rng(seed).permutation(n))
+    return torch.arange(n) if seed is None else iid(n, seed)
 
 
 def _count(answers: Answers, writes: dict[str, int], slots: Tensor, places: Tensor) -> None:

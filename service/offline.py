@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from core.fusion import BranchWeights
-from core.replay import Options, accuracy, calibration_error, load_stream, macro_accuracy, summary
+from core.measures import accuracy, calibration_error, macro_accuracy, marks
+from core.replay import Options, load_stream, summary
 from core.replay import replay as run_replay
 
 from .adapt import LabelledImage, Shot, add_shots, load, put_tenant
@@ -206,7 +207,7 @@ def _measured(readings: Sequence[Reading], labels: torch.Tensor) -> dict[str, di
         columns["static"] = torch.stack(static)
     measures = {"accuracy": accuracy, "macro_accuracy": macro_accuracy, "ece": calibration_error}
     return {
-        name: {branch: None if p is None else round(measure(p, labels), 4) for branch, p in columns.items()}
+        name: {branch: None if p is None else round(measure(marks(p), labels), 4) for branch, p in columns.items()}
         for name, measure in measures.items()
     }
 

@@ -14,10 +14,7 @@ from core.errors import InvalidStream
 from core.replay import (
     Options,
     Stream,
-    accuracy,
-    calibration_error,
     load_stream,
-    macro_accuracy,
     replay,
     summary,
 )
@@ -319,33 +316,6 @@ def test_progress_hears_of_every_image(tmp_path: Path) -> None:
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
-
-P = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.7, 0.3]])
-LABELS = torch.tensor([0, 0, 1, 1])
-
-
-def test_accuracy_is_the_percentage_of_right_answers() -> None:
-    assert accuracy(P, LABELS) == pytest.approx(75.0)
-
-
-def test_macro_accuracy_weighs_the_classes_that_occur_alike() -> None:
-    assert macro_accuracy(P, torch.tensor([0, 0, 0, 1])) == pytest.approx(100 * (2 / 3 + 0) / 2)
-    assert macro_accuracy(P[:2], LABELS[:2]) == pytest.approx(100.0)
-
-
-def test_calibration_error_by_hand() -> None:
-    """Four bins of one image each: |1 - .9|, |1 - .8|, |1 - .6|, |0 - .7|; their mean is 0.35."""
-    assert calibration_error(P, LABELS) == pytest.approx(35.0, abs=1e-4)
-
-
-def test_images_of_one_bin_are_averaged_before_they_are_compared() -> None:
-    """Confidence 0.75 four times, right three times: no error."""
-    p = torch.tensor([[0.75, 0.25]] * 4)
-    assert calibration_error(p, torch.tensor([0, 0, 0, 1])) == pytest.approx(0.0, abs=1e-5)
-
-
-def test_a_perfect_guess_has_no_calibration_error() -> None:
-    assert calibration_error(torch.eye(3), torch.arange(3)) == pytest.approx(0.0)
 
 
 def test_the_summary_has_its_figures(tmp_path: Path) -> None:
