@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ class Marks:
 
     predicted: Int[Tensor, " n"]
     confidence: Float[Tensor, " n"]
+
+    def __getitem__(self, images: slice) -> Marks:
+        return Marks(predicted=self.predicted[images], confidence=self.confidence[images])
 
     def right(self, labels: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Return which answers are right."""
@@ -65,3 +69,24 @@ def false_positive_rate(known: Float[Tensor, " n"], unknown: Float[Tensor, " m"]
     """Return the share of the unknown that score at least what `ACCEPTED` of the known reach."""
     least = known.sort(descending=True).values[math.ceil(ACCEPTED * len(known)) - 1]
     return 100.0 * (unknown >= least).double().mean().item()
+
+
+Figures = dict[str, dict[str, float | None]]
+"""By measure and branch, in percent to four places; None where there is no such branch, or no label."""
+
+MEASURES: dict[str, Callable[[Marks, Tensor], float]] = {
+    "accuracy": accuracy,
+    "macro_accuracy": macro_accuracy,
+    "ece": calibration_error,
+}
+
+
+def figures(branches: Mapping[str, Marks | None], labels: Int[Tensor, " n"] | None) -> Figures:
+    """Return every measure of every branch."""
+    return {
+        name: {
+            branch: None if told is None or labels is None else round(measure(told, labels), 4)
+            for branch, told in branches.items()
+        }
+        for name, measure in MEASURES.items()
+    }

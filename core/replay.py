@@ -21,7 +21,7 @@ from .classify import Answers, Sample, classify
 from .dynamic import DynamicMemory, Outcome
 from .errors import InvalidFeature, InvalidStream
 from .fusion import DEFAULT_WEIGHTS, BranchWeights
-from .measures import Marks, accuracy, calibration_error, macro_accuracy, marks
+from .measures import Marks, figures, marks
 from .numerics import checked_unit
 from .orders import iid
 from .projection import Projection
@@ -87,6 +87,11 @@ class Replay:
         """Return the probabilities of each branch by its name, the fused ones last; None for an absent branch."""
         return {"text": self.text, "dynamic": self.dynamic, "static": self.static, "fused": self.fused}
 
+    @property
+    def marks(self) -> dict[str, Marks | None]:
+        """Return the first answers of each branch by its name."""
+        return {name: None if p is None else marks(p) for name, p in self.branches.items()}
+
     def arrays(self) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
         """Return the arrays of an `--out` file."""
         banks = self.memory.classes
@@ -139,21 +144,11 @@ def replay(stream: Stream, options: Options, *, progress: Callable[[int], None] 
 
 def summary(result: Replay, stream: Stream) -> dict[str, object]:
     """Return the figures of a replay: accuracies and calibration in percent, writes, rate."""
-    branches = {name: None if p is None else marks(p) for name, p in result.branches.items()}
     n = len(result.slot)
-
-    def each(measure: Callable[[Marks, Tensor], float]) -> dict[str, float | None]:
-        return {
-            name: None if told is None or stream.labels is None else round(measure(told, stream.labels), 4)
-            for name, told in branches.items()
-        }
-
     return {
         "n": n,
         "classes": len(stream.text),
-        "accuracy": each(accuracy),
-        "macro_accuracy": each(macro_accuracy),
-        "ece": each(calibration_error),
+        **figures(result.marks, stream.labels),
         "writes": dict(result.writes),
         "images_per_second": round(n / result.seconds, 1) if result.seconds else None,
     }

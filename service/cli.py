@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -45,6 +46,22 @@ EncoderOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Torch device; `auto` takes CUDA if there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+
+
+class StreamKind(StrEnum):
+    """Kinds of orders, as `core.orders` has them; named here again because importing that takes seconds."""
+
+    IID = "iid"
+    RUNS = "runs"
+    ZIPF = "zipf"
+    DRIFT = "drift"
+
+
+OrdersOption = Annotated[int | None, typer.Option("--orders", min=1, help="Orders to take the mean and the worst of.")]
+KindOption = Annotated[
+    StreamKind | None,
+    typer.Option("--stream", help="Shuffled, in runs of one class, with frequencies like 1/rank, or drifting."),
+]
 TenantOption = Annotated[str, typer.Option(help="Whose memory.")]
 UrlOption = Annotated[
     str | None, typer.Option("--url", help="Address of the service; by default that of DMN_HOST and DMN_PORT.")
@@ -115,13 +132,14 @@ def evaluate(
 ) -> None:
     """Stream a folder through the service's own code and measure each branch."""
     from . import offline  # noqa: PLC0415 - as in serve
+    from .report import report_table  # noqa: PLC0415 - as in serve
 
     settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
     report = asyncio.run(offline.evaluate(settings, directory, shots=shots, seed=seed, views=views, console=err))
     if as_json:
         _print_json(report)
     else:
-        out.print(offline.report_table(report))
+        out.print(report_table(report))
 
 
 @app.command()
@@ -132,21 +150,32 @@ def replay(
     weights: Annotated[str, typer.Option(help="Weights of text, dynamic and static branch.")] = "1,1,1",
     shots: Annotated[int | None, typer.Option(min=0, help="The first K shots of each class; all if left out.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Shuffle the stream; the file's order if left out.")] = None,
+    orders: OrdersOption = None,
+    kind: KindOption = None,
     no_learn: Annotated[bool, typer.Option("--no-learn", help="Read, but do not write.")] = False,  # noqa: FBT002
     as_json: JsonOption = False,  # noqa: FBT002
     output: Annotated[Path | None, typer.Option("--out", help="Write every answer to this `.npz`.")] = None,
 ) -> None:
     """Run a stream of features through the method, in order, without a server."""
-    from . import offline  # noqa: PLC0415 - as in serve
+    from . import offline, report  # noqa: PLC0415 - as in serve
 
     if beta is not None and not math.isfinite(beta):
         _stop(f"--beta must be a finite number, at least 0; got {beta}.")
-    options = {"slots": slots, "beta": beta, "shots": shots, "seed": seed, "learn": not no_learn}
-    report = offline.replay_file(stream, options, _weights(weights), output, err)
-    if as_json:
-        _print_json(report)
+    options = {"slots": slots, "beta": beta, "shots": shots, "learn": not no_learn}
+    if orders is None and kind is None:
+        told = offline.replay_file(stream, {**options, "seed": seed}, _weights(weights), output, err)
+    elif output is not None:
+        _stop("--out holds the answers to one stream in the file's order; leave out --orders and --stream.")
     else:
-        out.print(offline.report_table(report))
+        seeds = range(seed or 0, (seed or 0) + (orders or 1))
+        given = _weights(weights)
+        told = offline.replay_orders(
+            stream, options, given, kind=(kind or StreamKind.IID).value, seeds=seeds, console=err
+        )
+    if as_json:
+        _print_json(told)
+    else:
+        out.print(report.report_table(told))
 
 
 @memory.command("export")

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from core.fusion import BranchWeights
-from core.measures import accuracy, calibration_error, macro_accuracy, marks
+from core.measures import Figures, figures, marks
+from core.orders import Kind, order_of
 from core.replay import Options, load_stream, summary
 from core.replay import replay as run_replay
 
@@ -28,6 +29,7 @@ from .app import open_rooms
 from .classify import ClassifyCall, Fault, classify
 from .desk import Reading
 from .errors import InvalidRequest
+from .evaluation import Course, together
 from .images import ImageFault, ImageUnreadable
 from .rooms import Rooms
 from .settings import DEFAULT_TENANT, Settings
@@ -35,7 +37,6 @@ from .tenants import ClassSpec, TenantConfig, class_name
 
 T = TypeVar("T")
 
-BRANCHES = ("text", "dynamic", "static", "fused")
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 _FOREVER = float("inf")
 _CALL = 32
@@ -117,6 +118,37 @@ def replay_file(
     return summary(result, stream)
 
 
+def replay_orders(
+    path: Path,
+    options: Mapping[str, Any],
+    weights: BranchWeights,
+    *,
+    kind: Kind,
+    seeds: Sequence[int],
+    console: Console,
+) -> dict[str, object]:
+    """Return the figures of a stream file over one order a seed: their means, the worst, the gain.
+
+    Raises:
+        InvalidStream: the file does not hold a stream, or no labels where the kind of order is made by them.
+    """
+    stream = load_stream(path)
+    orders = [order_of(kind, seed, n=len(stream.features), labels=stream.labels, text=stream.text) for seed in seeds]
+    courses = []
+    with _progress(console) as progress:
+        task = progress.add_task(f"Replaying {len(orders)} orders", total=sum(len(order) for order in orders))
+        for part in (stream.taken(order) for order in orders):
+            with torch.inference_mode():
+                result = run_replay(
+                    part, Options(weights=weights, **options), progress=lambda n: progress.advance(task, n)
+                )
+            courses.append(
+                Course(branches=result.marks, labels=part.labels, writes=result.writes, seconds=result.seconds)
+            )
+    n = round(sum(course.n for course in courses) / len(courses))
+    return {"n": n, "classes": len(stream.text), **together(courses, kind)}
+
+
 def answers_table(answers: Sequence[tuple[Path, Answer]], k: int) -> Table:
     """Return the answers for people."""
     table = Table("image", "answer", "probability", "next", box=None, pad_edge=False)
@@ -127,27 +159,6 @@ def answers_table(answers: Sequence[tuple[Path, Answer]], k: int) -> Table:
         (label, score), *rest = answer.top(k)
         others = ", ".join(f"{name} {p:.1%}" for name, p in rest)
         table.add_row(escape(str(path)), escape(label), f"{score:.1%}", escape(others))
-    return table
-
-
-def report_table(report: Mapping[str, Any]) -> Table:
-    """Return the figures of an evaluation or a replay for people."""
-    title = f"{report['n']} images, {report['classes']} classes"
-    table = Table(
-        "branch", "accuracy %", "mean over classes %", "calibration error %", title=title, title_justify="left"
-    )
-    for branch in BRANCHES:
-        row = [report[name][branch] for name in ("accuracy", "macro_accuracy", "ece")]
-        name = "text (the frozen head)" if branch == "text" else branch
-        table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in row))
-    writes = ", ".join(f"{count} {name}" for name, count in report["writes"].items())
-    table.caption = f"memory: {writes or 'untouched'}; {report['images_per_second']} images/s"
-    if "memory" in report:
-        steps = " ".join(str(count) for count in report["memory"]["growth"])
-        table.caption += f"\nfilled slots after each tenth: {steps} of {report['memory']['slots']}"
-    if report.get("failed"):
-        first = escape(", ".join(list(report["failed"])[:3]))
-        table.caption += f"\n{len(report['failed'])} files could not be read: {first} …"
     return table
 
 
@@ -195,7 +206,7 @@ async def _stream(
     }
 
 
-def _measured(readings: Sequence[Reading], labels: torch.Tensor) -> dict[str, dict[str, float | None]]:
+def _measured(readings: Sequence[Reading], labels: torch.Tensor) -> Figures:
     columns: dict[str, torch.Tensor | None] = {
         "text": torch.stack([reading.text for reading in readings]),
         "dynamic": torch.stack([reading.dynamic for reading in readings]),
@@ -205,11 +216,7 @@ def _measured(readings: Sequence[Reading], labels: torch.Tensor) -> dict[str, di
     static = [reading.static for reading in readings if reading.static is not None]
     if static:
         columns["static"] = torch.stack(static)
-    measures = {"accuracy": accuracy, "macro_accuracy": macro_accuracy, "ece": calibration_error}
-    return {
-        name: {branch: None if p is None else round(measure(marks(p), labels), 4) for branch, p in columns.items()}
-        for name, measure in measures.items()
-    }
+    return figures({name: None if p is None else marks(p) for name, p in columns.items()}, labels)
 
 
 def _answer(result: Reading | Fault) -> Answer:

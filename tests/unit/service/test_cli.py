@@ -20,6 +20,7 @@ from rich.console import Console
 
 from core import openclip
 from core.errors import EncoderUnavailable
+from core.orders import KINDS
 from service import cli, logs, serve
 from service.settings import Settings
 from tests.fakes import COLOURS, FakeEncoder, picture
@@ -373,6 +374,98 @@ def test_options_out_of_range_end_with_2_and_no_output(run: Run, stream: Path, t
 
 def test_an_output_that_cannot_be_written_ends_with_2(run: Run, stream: Path, tmp_path: Path) -> None:
     refused(run("replay", stream, "--json", "--out", tmp_path / "nowhere" / "out.npz"))
+
+
+# Replay, over several orders ------------------------------------------------------------------------------------------
+
+BRANCHES = {"text", "dynamic", "static", "fused"}
+MEASURES = ("accuracy", "macro_accuracy", "ece")
+
+
+def test_the_kinds_of_streams_are_those_of_core() -> None:
+    assert tuple(cli.StreamKind) == KINDS
+
+
+def test_several_orders_are_the_mean_of_what_each_says_alone(run: Run, stream: Path) -> None:
+    alone = [run("replay", stream, "--seed", seed, "--json").json for seed in range(3)]
+    told = run("replay", stream, "--orders", 3, "--json").json
+    for name in MEASURES:
+        for branch in alone[0][name]:
+            values = [one[name][branch] for one in alone]
+            assert told[name][branch] == pytest.approx(sum(values) / 3, abs=1e-4)
+            assert told["worst"][name][branch] == (max if name == "ece" else min)(values)
+    for outcome, count in told["writes"].items():
+        assert count == pytest.approx(sum(one["writes"][outcome] for one in alone) / 3, abs=1e-4)
+    gains = np.array([one["accuracy"]["fused"] - one["accuracy"]["text"] for one in alone])
+    assert told["gain"]["mean"] == pytest.approx(gains.mean(), abs=1e-3)
+    assert told["gain"]["worst"] == pytest.approx(gains.min(), abs=1e-3)
+    assert told["gain"]["standard_error"] == pytest.approx(gains.std(ddof=1) / 3**0.5, abs=1e-3)
+
+
+def test_several_orders_print_what_one_does_and_more(run: Run, stream: Path) -> None:
+    one, told = run("replay", stream, "--json").json, run("replay", stream, "--orders", 2, "--json").json
+    assert set(told) == set(one) | {"orders", "stream", "worst", "gain", "first"}
+    assert (told["orders"], told["stream"], told["n"], told["classes"]) == (2, "iid", N, C)
+    assert set(told["first"]) == {"images", "accuracy"}
+    assert told["first"]["images"] == N
+    assert told["first"]["accuracy"] == told["accuracy"]
+    assert set(told["worst"]) == set(MEASURES)
+
+
+def test_the_first_hundred_images_of_an_order_are_measured_apart(run: Run, tmp_path: Path) -> None:
+    """Images that point at their class come last in the file; shuffled, they are as frequent among the first."""
+    rng = np.random.default_rng(1)
+    labels, text = rng.integers(0, C, 250), arrays()["text"]
+    np.savez(tmp_path / "s.npz", **arrays(features=text[labels], labels=np.r_[(labels[:120] + 1) % C, labels[120:]]))
+    told = run("replay", tmp_path / "s.npz", "--orders", 40, "--shots", 0, "--json").json
+    assert told["first"]["images"] == 100
+    assert told["accuracy"]["text"] == pytest.approx(100 * 130 / 250, abs=1e-3)
+    assert told["first"]["accuracy"]["text"] == pytest.approx(told["accuracy"]["text"], abs=3)
+    assert told["first"]["accuracy"]["text"] != told["accuracy"]["text"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_of_any_kind_can_be_replayed(run: Run, stream: Path, kind: str) -> None:
+    told = run("replay", stream, "--stream", kind, "--json").json
+    assert (told["orders"], told["stream"], told["gain"]["standard_error"]) == (1, kind, None)
+    assert (told["n"] < N) == (kind == "zipf")
+    assert told["worst"]["accuracy"] == told["accuracy"]
+    assert sum(told["writes"].values()) == told["n"]
+
+
+def test_a_seed_moves_on_the_seeds_of_several_orders(run: Run, stream: Path) -> None:
+    told = [run("replay", stream, "--seed", 5, *more, "--json").json for more in ((), ("--orders", 1))]
+    assert told[0]["accuracy"] == told[1]["accuracy"]
+
+
+@pytest.mark.parametrize("kind", ["runs", "zipf", "drift"])
+def test_a_kind_that_is_made_by_labels_ends_with_2_without_them(run: Run, tmp_path: Path, kind: str) -> None:
+    np.savez(tmp_path / "s.npz", **arrays(labels=None))
+    assert "labels" in refused(run("replay", tmp_path / "s.npz", "--stream", kind, "--json"))
+
+
+def test_several_orders_without_labels_measure_nothing(run: Run, tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", **arrays(labels=None))
+    told = run("replay", tmp_path / "s.npz", "--orders", 2, "--json").json
+    assert set(told["accuracy"].values()) == set(told["gain"].values()) == {None}
+    assert run("replay", tmp_path / "s.npz", "--orders", 2).status == 0
+
+
+def test_answers_of_several_orders_are_not_written(run: Run, stream: Path, tmp_path: Path) -> None:
+    assert "--out" in refused(run("replay", stream, "--orders", 2, "--out", tmp_path / "out.npz"))
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_several_orders_print_a_table_for_people(run: Run, stream: Path) -> None:
+    ran = run("replay", stream, "--orders", 2, "--stream", "runs")
+    assert ran.status == 0
+    assert all(word in ran.out for word in (*BRANCHES, "2 orders (runs)", "worst", f"first {N}", "gain of fused"))
+
+
+@pytest.mark.parametrize("option", ["--orders=0", "--orders=x", "--stream=sorted"])
+def test_orders_out_of_range_end_with_2(run: Run, stream: Path, option: str) -> None:
+    ran = run("replay", stream, option, "--json")
+    assert (ran.status, ran.out) == (2, "")
 
 
 # Classify -------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from service import logs, offline
 from service.desk import Learned, Reading
 from service.errors import InvalidRequest
 from service.offline import Answer
+from service.report import report_table
 from service.settings import Settings
 from service.stores.base import Stamp
 from tests.fakes import FakeEncoder, picture
@@ -149,7 +150,7 @@ def test_a_shot_that_cannot_be_read_ends_the_evaluation_with_its_name(tmp_path: 
 
 
 def test_figures_that_are_not_there_are_dashes() -> None:
-    none = dict.fromkeys(offline.BRANCHES)
+    none = dict.fromkeys(("text", "dynamic", "static", "fused"))
     report = {
         "n": 1,
         "classes": 2,
@@ -160,13 +161,13 @@ def test_figures_that_are_not_there_are_dashes() -> None:
         "images_per_second": None,
     }
     console = Console(file=(file := io.StringIO()), width=200)
-    console.print(offline.report_table(report))
+    console.print(report_table(report))
     assert "12.35" in file.getvalue()
     assert "memory: untouched" in file.getvalue()
 
 
 def test_a_report_shows_brackets_in_paths_as_they_are() -> None:
-    none = dict.fromkeys(offline.BRANCHES)
+    none = dict.fromkeys(("text", "dynamic", "static", "fused"))
     report = {
         "n": 1,
         "classes": 2,
@@ -178,5 +179,5 @@ def test_a_report_shows_brackets_in_paths_as_they_are() -> None:
         "failed": {"data/[/red]/a.png": "why"},
     }
     console = Console(file=(file := io.StringIO()), width=200)
-    console.print(offline.report_table(report))
+    console.print(report_table(report))
     assert "data/[/red]/a.png" in file.getvalue()
