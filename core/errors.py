@@ -4,6 +4,7 @@ CoreError
 ├── InvalidFeature      a feature is non-finite, zero, or of the wrong size
 ├── InvalidStream       a stream file lacks an array or holds a wrong one
 ├── InvalidImage        a picture cannot be turned into views
+├── UnfitShots          the shots are too few or too unequal to be trained on
 ├── IncompatibleMemory  a memory belongs to another fingerprint or format
 └── EncoderUnavailable  an encoder's weights cannot be had or do not fit
 """
@@ -23,6 +24,10 @@ class InvalidStream(CoreError, ValueError):
 
 class InvalidImage(CoreError, ValueError):
     """A picture cannot be turned into views of the encoder's size."""
+
+
+class UnfitShots(CoreError, ValueError):
+    """The shots are too few, or too unequal in number, to be trained on."""
 
 
 class IncompatibleMemory(CoreError):

@@ -55,7 +55,7 @@ def prepare(bank: Bank, projection: Projection | None = None) -> Prepared:
 
 def scores(
     prepared: Prepared,
-    masks: Mapping[str, Bool[Tensor, "c s"]],
+    masks: Mapping[str, Bool[Tensor, "... c s"]],
     x: Float[Tensor, "n d"],
     query: Float[Tensor, "n d"],
     *,
@@ -64,8 +64,9 @@ def scores(
 ) -> dict[str, Float[Tensor, "n c"]]:
     """Return tau f_c . x, Eq. (9) to (11), once for each mask of slots that count as filled.
 
-    `x` are the unprojected image features, `query` their projections by Eq. (7). Every class needs at least one
-    filled slot in every mask. The similarities are computed once, whatever the number of masks.
+    `x` are the unprojected image features, `query` their projections by Eq. (7). A mask is one for all images, or has
+    one for each, `n c s`. Every class needs at least one filled slot in every mask. The similarities are computed
+    once, whatever the number of masks.
     """
     similar = _products(prepared.keys, query)
     onto_x = similar if prepared.values is prepared.keys else _products(prepared.values, x)
@@ -80,7 +81,7 @@ def _products(slots: Float[Tensor, "c s d"], x: Float[Tensor, "n d"]) -> Float[T
 
 def _weights(
     similar: Float[Tensor, "n c s"],
-    mask: Bool[Tensor, "c s"],
+    mask: Bool[Tensor, "... c s"],
     beta: float,
 ) -> Float[Tensor, "n c s"]:
     """Return affinities over their class's largest one: Eq. (10) cancels it, and nothing underflows."""

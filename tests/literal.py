@@ -211,6 +211,27 @@ def eq_15(method: Method, text: Vector, dynamic: Vector, static: Vector | None) 
     return (a1 * text + a2 * dynamic + a3 * static) / (a1 + a2 + a3)
 
 
+def eq_16(
+    method: Method, queries: Sequence[Vector], labels: Sequence[int], left_out: Sequence[int] | None = None
+) -> np.floating:
+    """Cross-entropy of the static scores plus that of the text scores, each a mean over the queries.
+
+    With `left_out` the static branch reads for query i all shots of c but number left_out[i], counted around.
+    """
+    total = queries[0].dtype.type(0.0)
+    for i, (x, y) in enumerate(zip(queries, labels, strict=True)):
+        shelf = eq_13(method)
+        if left_out is not None:
+            shelf = [[bank[0], *without(bank[1:], left_out[i])] for bank in shelf]
+        total -= np.log(softmax(eq_7_to_11(method, shelf, x))[y]) + np.log(eq_14(method, x)[y])
+    return total / len(queries)
+
+
+def without(shots: Sequence[Vector], number: int) -> list[Vector]:
+    """Return the shots but one, counted around."""
+    return [shot for k, shot in enumerate(shots) if k != number % len(shots)]
+
+
 def step(method: Method, memory: Memory, views: Matrix, number: int | str, *, learn: bool = True) -> Answer:
     """Take one image: (2) to (4), the write (5) before the read (6), then (7) to (15)."""
     x = views[0]

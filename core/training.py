@@ -1,0 +1,330 @@
+"""Few-shot training: the five offsets of a label set, learned from its shots, Eq. (16).
+
+The queries of a pass are features of the images of the shots, cropped anew where there are images. Some shots are held
+out to tell how many passes are best. Nothing here sees the dynamic memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from .bank import Slots
+from .classify import Sample, classify
+from .dynamic import DynamicMemory
+from .errors import UnfitShots
+from .lesson import Lesson, branch_scores, lesson_of, loss, shots_of
+from .projection import Projection
+from .shelves import Shelves
+from .snapshot import Snapshot
+from .static import Shots, StaticMemory
+
+DEFAULT_EPOCHS = 20
+DEFAULT_LEARNING_RATE = 1e-4
+"""That of a label set whose scores are 100 times a cosine, as the paper's are; see `Recipe.rate`."""
+
+LEAST_LEARNING_RATE = 1e-7
+"""What the cosine schedule comes down to."""
+
+BATCH = 128
+WEIGHT_DECAY = 1e-4
+ADAM_EPS = 1e-8
+
+MOST_UNEQUAL = 20
+"""Shots of a class over those of another, at most: of a step's 128 queries the smaller one would have six or fewer."""
+
+HELD_OUT_SHARE = 0.25
+"""Share of a class's shots that is held out to tell when to stop; at least one."""
+
+_PAPERS_SCALE = 100.0
+_PAIR = 2
+
+Queries = Callable[[int], Float[Tensor, "m d"]]
+"""Features to train on in a pass (from 0), one a shot, class after class, in the order of the static memory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How to train: passes over the shots at most, the first step's learning rate, seed of the order and the choice."""
+
+    epochs: int = DEFAULT_EPOCHS
+    learning_rate: float | None = None
+    seed: int = 0
+
+    def rate(self, tau: float) -> float:
+        """Return the learning rate; where none is said, one that moves scores as far a step as the paper's does.
+
+        A step of Adam moves an offset by the rate, however small the gradient is, and a score by tau times that.
+        """
+        return DEFAULT_LEARNING_RATE * _PAPERS_SCALE / tau if self.learning_rate is None else self.learning_rate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a training is: `phase` is "held-out" or "all", `done` its share of all there is to do, from 0 to 1.
+
+    `epoch` is the present pass of `epochs`, from 1, `loss` that of the last step, and `accuracy` that of text and
+    static branch together on the held-out shots after the last whole pass, in percent; None where none is known.
+    """
+
+    phase: str
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float | None
+    done: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a training came to.
+
+    `projection` is None where no pass made the held-out loss lower: these shots are better off without. `losses` are
+    the mean losses of the `epochs` passes over all shots, `held_out` loss and accuracy (percent, text and static branch
+    together) of the held-out ones after 0, 1, .. passes. `before` and `after` say how the whole method answers these,
+    with an empty dynamic memory: accuracy in percent of text, static and fused. Where nothing could be held out
+    `held_out` is empty and the two are None.
+    """
+
+    projection: Projection | None
+    epochs: int
+    losses: tuple[float, ...] = ()
+    held_out: tuple[tuple[float, float], ...] = ()
+    before: Mapping[str, float] | None = None
+    after: Mapping[str, float] | None = None
+
+
+def train(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    queries: Queries | None = None,
+    report: Callable[[Progress], bool] = lambda _: True,
+) -> Trained | None:
+    """Return what `course` comes to; None if `report`, which is asked after each step, says not to go on.
+
+    Raises:
+        UnfitShots: as `check` says.
+    """
+    steps = course(snapshot, recipe, queries)
+    while True:
+        try:
+            progress = next(steps)
+        except StopIteration as end:
+            trained: Trained = end.value
+            return trained
+        if not report(progress):
+            return None
+
+
+def course(snapshot: Snapshot, recipe: Recipe, queries: Queries | None = None) -> Generator[Progress, None, Trained]:
+    """Yield after each step of a training, and return what it came to; whoever stops asking has ended it.
+
+    Some shots of every class that has two or more are held out and the others trained on. The pass with the lowest
+    loss on those held out is chosen, the untrained state among them, and all shots are trained on up to that pass.
+    Without `queries` the shots' own features are. `snapshot` is left as it is. The same arguments give the same
+    offsets on the same machine, whatever other threads do.
+
+    Raises:
+        UnfitShots: as `check` says.
+    """
+    check(snapshot.static)
+    rows = torch.arange(sum(map(len, snapshot.static.classes)))
+    out = _held_out(snapshot.static, torch.Generator().manual_seed(recipe.seed))
+    found = Trained(projection=None, epochs=recipe.epochs)
+    if len(out):
+        found = yield from _choose(snapshot, recipe, queries, rows[~torch.isin(rows, out)], out)
+    run = _Run(
+        lesson_of(snapshot),
+        recipe,
+        queries,
+        rows,
+        phase="all",
+        epochs=found.epochs,
+        span=(0.5, 1.0) if len(out) else (0.0, 1.0),
+    )
+    run.accuracy = found.held_out[found.epochs][1] if found.held_out else None
+    for epoch in range(found.epochs):
+        yield from run.once(epoch)
+    return replace(found, projection=run.offsets() if found.epochs else None, losses=tuple(run.losses))
+
+
+def check(static: StaticMemory) -> None:
+    """Return if a label set can be trained on its shots.
+
+    Raises:
+        UnfitShots: fewer than two classes, a class without a shot (it would be taught that nothing is ever one), or
+            one with more than `MOST_UNEQUAL` times the shots of another.
+    """
+    counts = [len(shots) for shots in static.classes]
+    if sum(count > 0 for count in counts) < _PAIR:
+        raise UnfitShots(
+            "Training needs shots of two classes at least, to tell them apart; upload some for each class."
+        )
+    if 0 in counts:
+        raise UnfitShots(
+            f"{counts.count(0)} of {len(counts)} classes have no shot, and training on the others would teach that "
+            "nothing is one of them. Upload shots for each class, or remove those classes."
+        )
+    if max(counts) > MOST_UNEQUAL * min(counts):
+        raise UnfitShots(
+            f"One class has {max(counts)} shots and another {min(counts)}: more than {MOST_UNEQUAL} times as many "
+            "would drown the smaller one. Upload more of the one, or remove some of the other."
+        )
+
+
+def _held_out(static: StaticMemory, generator: torch.Generator) -> Int[Tensor, " n"]:
+    """Return the rows to hold out, some of each class that has two shots; none where fewer than two classes have."""
+    chosen, start = [], 0
+    for shots in static.classes:
+        if len(shots) >= _PAIR:
+            count = max(1, round(HELD_OUT_SHARE * len(shots)))
+            chosen.append(start + torch.randperm(len(shots), generator=generator)[:count])
+        start += len(shots)
+    return torch.cat(chosen).sort().values if len(chosen) >= _PAIR else torch.empty(0, dtype=torch.long)
+
+
+def _choose(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    queries: Queries | None,
+    rest: Int[Tensor, " m"],
+    out: Int[Tensor, " n"],
+) -> Generator[Progress, None, Trained]:
+    """Train on the rest, and return after how many passes those held out had the lowest loss, and what it was worth."""
+    run = _Run(
+        lesson_of(snapshot, rest), recipe, queries, rest, phase="held-out", epochs=recipe.epochs, span=(0.0, 0.5)
+    )
+    keys, labels = shots_of(snapshot)
+    exam = keys[out.to(keys.device)], labels[out].to(keys.device)
+    untrained = chosen = run.offsets()
+    found, best = [_examined(run.lesson, untrained, *exam)], 0
+    for epoch in range(recipe.epochs):
+        run.accuracy = found[-1][1]
+        yield from run.once(epoch)
+        found.append(_examined(run.lesson, run.offsets(), *exam))
+        if found[-1][0] < found[best][0]:
+            best, chosen = epoch + 1, run.offsets()
+    frozen = _only(snapshot, rest)
+    return Trained(
+        projection=None,
+        epochs=best,
+        held_out=tuple(found),
+        before=_accuracies(frozen, *exam),
+        after=_accuracies(replace(frozen, projection=chosen), *exam),
+    )
+
+
+class _Run:
+    """Offsets on their way, changed step by step. `rows` are those of the lesson among what `queries` gives."""
+
+    def __init__(
+        self,
+        lesson: Lesson,
+        recipe: Recipe,
+        queries: Queries | None,
+        rows: Int[Tensor, " m"],
+        *,
+        phase: str,
+        epochs: int,
+        span: tuple[float, float],
+    ) -> None:
+        self.lesson, self._queries, self._rows = lesson, queries, rows
+        self._phase, self._epochs, self._span = phase, epochs, span
+        self._order = torch.Generator().manual_seed(recipe.seed)
+        self._steps = -(-len(rows) // BATCH)
+        self._planned, self._rate = recipe.epochs * self._steps, recipe.rate(lesson.tau)
+        self._taken = 0
+        self.losses: list[float] = []
+        self.accuracy: float | None = None
+        with torch.inference_mode(mode=False):
+            zeros = Projection.zeros(*lesson.text.shape)
+            self._parameters = {
+                field.name: getattr(zeros, field.name).to(lesson.text).requires_grad_() for field in fields(Projection)
+            }
+            self._adam = torch.optim.AdamW(self._parameters.values(), eps=ADAM_EPS, weight_decay=WEIGHT_DECAY)
+
+    def offsets(self) -> Projection:
+        """Return a copy of the offsets as they are."""
+        return Projection(**{name: value.detach().clone() for name, value in self._parameters.items()})
+
+    def once(self, epoch: int) -> Iterator[Progress]:
+        """Pass once over the shots, in random order, and tell of each step."""
+        x = self.lesson.keys if self._queries is None else self._queries(epoch)[self._rows].to(self.lesson.keys)
+        order, total = torch.randperm(len(x), generator=self._order).to(x.device), 0.0
+        first, end = self._span
+        for step, batch in enumerate(order.split(BATCH), 1):
+            last = self._step(x[batch], batch)
+            total += last * len(batch)
+            yield Progress(
+                phase=self._phase,
+                epoch=epoch + 1,
+                epochs=self._epochs,
+                loss=last,
+                accuracy=self.accuracy,
+                done=first + (end - first) * (epoch + step / self._steps) / self._epochs,
+            )
+        self.losses.append(total / len(x))
+
+    def _step(self, x: Float[Tensor, "n d"], batch: Int[Tensor, " n"]) -> float:
+        """Take one step of AdamW, and return the loss before it."""
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            self._adam.param_groups[0]["lr"] = _scheduled(self._rate, self._taken / self._planned)
+            self._adam.zero_grad()
+            own = loss(
+                self.lesson,
+                Projection(**self._parameters),
+                x.clone(),
+                self.lesson.labels[batch],
+                self.lesson.ranks[batch],
+            )
+            own.backward()
+            self._adam.step()
+        self._taken += 1
+        return own.item()
+
+
+def _scheduled(rate: float, share: float) -> float:
+    """Return the learning rate after a share of the steps, on a half wave of the cosine; never above `rate`."""
+    least = min(rate, LEAST_LEARNING_RATE)
+    return least + (rate - least) * (1 + math.cos(math.pi * share)) / 2
+
+
+def _only(snapshot: Snapshot, rows: Int[Tensor, " m"]) -> Snapshot:
+    """Return a label set with some of its shots, an empty dynamic memory and no offsets."""
+    keys, labels = shots_of(snapshot)
+    own = [rows[labels[rows] == c] for c in range(len(snapshot.text))]
+    shots = tuple(Shots(keys=keys[few.to(keys.device)], ids=tuple(few.tolist())) for few in own)
+    nothing = tuple(Slots.empty(keys.shape[-1], device=keys.device) for _ in own)
+    return replace(
+        snapshot,
+        static=StaticMemory(classes=shots),
+        dynamic=DynamicMemory(classes=nothing, slots=snapshot.dynamic.slots),
+        projection=None,
+    )
+
+
+def _examined(
+    lesson: Lesson, projection: Projection, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]
+) -> tuple[float, float]:
+    """Return the loss of held-out shots, and the accuracy in percent of text and static branch together."""
+    with torch.no_grad():
+        parts = [branch_scores(lesson, projection, part) for part in x.split(BATCH)]
+        text, static = (torch.cat(own) for own in zip(*parts, strict=True))
+        right = (text.softmax(-1) + static.softmax(-1)).argmax(-1) == labels
+        return (cross_entropy(static, labels) + cross_entropy(text, labels)).item(), 100 * right.double().mean().item()
+
+
+def _accuracies(snapshot: Snapshot, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> dict[str, float]:
+    """Return the accuracy in percent of each branch on images that the memory does not learn."""
+    shelves, right = Shelves(snapshot), dict.fromkeys(("text", "static", "fused"), 0)
+    for part, own in zip(x.split(BATCH), labels.split(BATCH), strict=True):
+        answers = classify(shelves, [Sample(views=row[None], id=at, learn=False) for at, row in enumerate(part)])
+        for name in right:
+            right[name] += int((getattr(answers, name).argmax(-1) == own).sum())
+    return {name: 100 * count / len(x) for name, count in right.items()}
