@@ -24,7 +24,7 @@ class Marks:
     predicted: Int[Tensor, " n"]
     confidence: Float[Tensor, " n"]
 
-    def __getitem__(self, images: slice) -> Marks:
+    def __getitem__(self, images: slice | Bool[Tensor, " n"]) -> Marks:
         return Marks(predicted=self.predicted[images], confidence=self.confidence[images])
 
     def right(self, labels: Int[Tensor, " n"]) -> Bool[Tensor, " n"]:

@@ -9,7 +9,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -122,24 +122,40 @@ def classify(
 
 @app.command()
 def evaluate(
-    directory: Annotated[Path, typer.Argument(help="A folder that holds one folder of images for each class.")],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold one folder of images for each class.")
+    ],
     shots: Annotated[int, typer.Option(min=0, help="Labelled shots a class, taken out of the stream.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order, and of the choice of shots.")] = 0,
+    orders: OrdersOption = None,
+    kind: KindOption = None,
+    unknown: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures of none of the classes, to be mixed in.")
+    ] = None,
     views: Annotated[int, typer.Option(min=1, help="Views an image.")] = 1,
     encoder: EncoderOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,  # noqa: FBT002
 ) -> None:
-    """Stream a folder through the service's own code and measure each branch."""
-    from . import offline  # noqa: PLC0415 - as in serve
-    from .report import report_table  # noqa: PLC0415 - as in serve
+    """Stream folders through the service's own code and measure each branch.
 
+    Several folders are domains of the same classes: mixed, or one after another with `--stream drift`.
+    """
+    from . import datasets, evaluation, offline, report  # noqa: PLC0415 - as in serve
+
+    plan = evaluation.Plan(
+        shots=shots,
+        seeds=range(seed, seed + (orders or 1)),
+        kind=_kind(orders, kind),
+        views=views,
+        unknown=() if unknown is None else datasets.pictures_under(unknown),
+    )
     settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
-    report = asyncio.run(offline.evaluate(settings, directory, shots=shots, seed=seed, views=views, console=err))
+    told, _courses = asyncio.run(offline.evaluate_folders(settings, directories, plan, err))
     if as_json:
-        _print_json(report)
+        _print_json(told)
     else:
-        out.print(report_table(report))
+        out.print(report.report_table(told))
 
 
 @app.command()
@@ -162,16 +178,14 @@ def replay(
     if beta is not None and not math.isfinite(beta):
         _stop(f"--beta must be a finite number, at least 0; got {beta}.")
     options = {"slots": slots, "beta": beta, "shots": shots, "learn": not no_learn}
-    if orders is None and kind is None:
+    which = _kind(orders, kind)
+    if which is None:
         told = offline.replay_file(stream, {**options, "seed": seed}, _weights(weights), output, err)
     elif output is not None:
         _stop("--out holds the answers to one stream in the file's order; leave out --orders and --stream.")
     else:
         seeds = range(seed or 0, (seed or 0) + (orders or 1))
-        given = _weights(weights)
-        told = offline.replay_orders(
-            stream, options, given, kind=(kind or StreamKind.IID).value, seeds=seeds, console=err
-        )
+        told = offline.replay_orders(stream, options, _weights(weights), kind=which, seeds=seeds, console=err)
     if as_json:
         _print_json(told)
     else:
@@ -252,6 +266,13 @@ def _quiet(settings: Settings) -> Settings:
     """Send only warnings to the terminal while a command runs that prints its own answer."""
     logs.set_up("warning", "text")
     return settings
+
+
+def _kind(orders: int | None, kind: StreamKind | None) -> Literal["iid", "runs", "zipf", "drift"] | None:
+    """Return the kind of the orders; None if neither was asked for, and one stream is measured by itself."""
+    if orders is None and kind is None:
+        return None
+    return (kind or StreamKind.IID).value
 
 
 def _weights(text: str) -> tuple[float, float, float]:

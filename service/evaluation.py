@@ -1,105 +1,265 @@
-"""What several orders of one stream say together: the mean, the worst, and the gain over the frozen head."""
+"""Measuring: labelled pictures through the rooms, in one order or in several, and what they say together."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from core.measures import MEASURES, Figures, Marks, figures
-from core.orders import Kind
+from core.encoder import Encoder
+from core.measures import Marks, auroc, false_positive_rate
+from core.orders import Kind, drift, mixed, order_of
 
-FIRST = 100
-"""Images of a stream's beginning that are measured apart: a memory that is still empty must not cost anything."""
+from .adapt import LabelledImage, Shot, add_shots, delete_tenant, put_tenant
+from .classify import ClassifyCall, Fault, classify
+from .courses import ADAPTED, Course, mean, over, tail, together
+from .datasets import DataSet, Picture
+from .desk import Reading
+from .errors import InvalidRequest
+from .images import ImageFault, ImageUnreadable
+from .rooms import Rooms
+from .settings import DEFAULT_TENANT, Settings
+from .tenants import TenantConfig
 
-FROZEN, ADAPTED = "text", "fused"
-"""The branches that a gain lies between."""
+T = TypeVar("T")
 
-_Reduce = Callable[[Sequence[float]], float]
+BRANCHES = ("text", "dynamic", "static", "fused")
+"""What is measured of a reading."""
+
+FOREVER = float("inf")
+_CALL = 32
+_TENTHS = 10
+
+Announce = Callable[[str, int], Callable[[int], None]]
+"""Say what begins and how many images it takes; what is returned hears of those that are done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Course:
-    """One order of a stream that has been run: what each branch said, in that order, and what it cost."""
+class Plan:
+    """What to measure: shots a class, one order a seed (which also draws the shots), views, and pictures of no class.
 
-    branches: Mapping[str, Marks | None]
-    labels: Int[Tensor, " n"] | None
-    writes: Mapping[str, int]
-    seconds: float
+    `kind` is None where one shuffled stream is measured by itself.
+    """
 
-    @property
-    def n(self) -> int:
-        """Images that were answered."""
-        return max(len(told.predicted) for told in self.branches.values() if told is not None)
-
-    def figures(self, first: int | None = None) -> Figures:
-        """Return the figures of the course, or of its first images."""
-        labels = None if self.labels is None else self.labels[:first]
-        return figures({name: told and told[:first] for name, told in self.branches.items()}, labels)
+    shots: int = 0
+    seeds: Sequence[int] = (0,)
+    kind: Kind | None = None
+    views: int = 1
+    unknown: Sequence[Path] = ()
 
 
-def together(courses: Sequence[Course], kind: Kind) -> dict[str, Any]:
-    """Return the means over the courses, and beside them the worst ones, the gain, and the first images."""
-    every = [course.figures() for course in courses]
-    seconds = sum(course.seconds for course in courses)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Walk:
+    """A course of pictures through the rooms.
+
+    `unknown` holds the fused scores of the pictures of no class, which the course is without; `growth` the filled
+    slots after each tenth; `failed` why files could not be read.
+    """
+
+    course: Course
+    unknown: Float[Tensor, " k"]
+    growth: Sequence[int]
+    failed: Mapping[str, str]
+
+
+class Recalling:
+    """An encoder that remembers what it saw: over several orders each picture is encoded once."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.name, self.fingerprint, self.origin = encoder.name, encoder.fingerprint, encoder.origin
+        self.dim, self.logit_scale = encoder.dim, encoder.logit_scale
+        self.preprocess, self.device = encoder.preprocess, encoder.device
+        self._encoder = encoder
+        self._known: dict[bytes, Tensor] = {}
+
+    def encode_images(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        """Return the features of pictures, those seen before as they were."""
+        keys = [hashlib.blake2b(one.contiguous().numpy(), digest_size=16).digest() for one in pixels.cpu()]
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        if new:
+            features = self._encoder.encode_images(pixels[new])
+            self._known.update(zip((keys[i] for i in new), features, strict=True))
+        return torch.stack([self._known[key] for key in keys])
+
+    def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        """Return the features of texts."""
+        return self._encoder.encode_texts(texts)
+
+
+async def evaluate(rooms: Rooms, data: DataSet, plan: Plan, announce: Announce) -> tuple[dict[str, Any], list[Course]]:
+    """Return the figures of a data set, and the courses behind them.
+
+    Raises:
+        InvalidRequest: a class has too few pictures, a shot cannot be used, or nothing can be read.
+    """
+    walks = [await _walk(rooms, data, plan, seed, announce) for seed in plan.seeds]
+    courses = [walk.course for walk in walks]
+    report: dict[str, Any] = {
+        "n": round(mean([course.n for course in courses])),
+        "classes": len(data.classes),
+        "shots": plan.shots,
+        "encoder": rooms.encoder.name,
+        **(courses[0].alone() if plan.kind is None else together(courses, plan.kind)),
+        "memory": {
+            "growth": [round(mean(filled)) for filled in zip(*(walk.growth for walk in walks), strict=False)],
+            "slots": TenantConfig().slots * len(data.classes),
+        },
+        "failed": {path: why for walk in walks for path, why in walk.failed.items()},
+        # Of the first order: later ones recall what it encoded.
+        "images_per_second": round(courses[0].n / courses[0].seconds, 1),
+    }
+    if plan.kind is not None:
+        accuracies = [course.figures()["accuracy"] for course in courses]
+        report["worst_tenth"] = {"accuracy": over(accuracies, tail)}
+    if plan.unknown:
+        report["unknown"] = await _unknown(rooms, data, plan, walks, announce)
+    return report, courses
+
+
+async def _unknown(
+    rooms: Rooms, data: DataSet, plan: Plan, walks: Sequence[Walk], announce: Announce
+) -> dict[str, Any]:
+    """Return how well the fused score tells the unknown from the known, and the known ones' accuracy without them."""
+    calm = replace(plan, unknown=())
+    without = [(await _walk(rooms, data, calm, seed, announce)).course for seed in plan.seeds]
+    pairs = [(told.confidence, walk.unknown) for walk in walks if (told := walk.course.branches[ADAPTED]) is not None]
     return {
-        **{name: _over(every, name, _mean) for name in MEASURES},
-        "writes": _writes(courses),
-        "images_per_second": round(sum(course.n for course in courses) / seconds, 1) if seconds else None,
-        "orders": len(courses),
-        "stream": kind,
-        "worst": {name: _over(every, name, _worst(name)) for name in MEASURES},
-        "gain": _gain([one["accuracy"] for one in every]),
-        "first": _first(courses),
+        "images": len(plan.unknown),
+        "auroc": round(mean([auroc(known, unknown) for known, unknown in pairs]), 4),
+        "fpr95": round(mean([false_positive_rate(known, unknown) for known, unknown in pairs]), 4),
+        "accuracy": over([walk.course.figures()["accuracy"] for walk in walks], mean),
+        "accuracy_without": over([course.figures()["accuracy"] for course in without], mean),
     }
 
 
-def tail(values: Sequence[float]) -> float:
-    """Return the mean of the lowest tenth of the values, at least one."""
-    return _mean(sorted(values)[: math.ceil(len(values) / 10)])
+async def _walk(rooms: Rooms, data: DataSet, plan: Plan, seed: int, announce: Announce) -> Walk:
+    """Send a data set through the rooms, in one order, with a tenant that starts afresh."""
+    support, known = data.drawn(plan.shots, seed)
+    await delete_tenant(rooms, DEFAULT_TENANT)
+    await put_tenant(rooms, DEFAULT_TENANT, TenantConfig(classes=data.classes, templates=data.templates))
+    await _upload(rooms, data, support, announce)
+    stream = await _arranged(rooms, data, known, plan, seed)
+    which = "" if len(plan.seeds) == 1 else f" order {plan.seeds.index(seed) + 1} of {len(plan.seeds)}"
+    return await _stream(rooms, stream, announce(f"Classifying{which}", len(stream)), views=plan.views)
 
 
-def _over(every: Sequence[Figures], name: str, reduce: _Reduce) -> dict[str, float | None]:
-    """Return one measure of every branch over the courses."""
-    columns = {branch: [one[name][branch] for one in every] for branch in every[0][name]}
-    return {
-        branch: round(reduce(known), 4) if len(known := [v for v in column if v is not None]) == len(every) else None
-        for branch, column in columns.items()
-    }
+async def _upload(rooms: Rooms, data: DataSet, support: Sequence[Picture], announce: Announce) -> None:
+    advance = announce("Uploading shots", len(support)) if support else None
+    for part in parts(support, call_size(rooms.settings)):
+        labelled = [LabelledImage(label=data.classes[one.label or 0].name, image=read(one.path)) for one in part]
+        told, _ = await add_shots(rooms, DEFAULT_TENANT, labelled, deadline=FOREVER)
+        for picture, shot in zip(part, told, strict=True):
+            if not isinstance(shot, Shot):
+                raise InvalidRequest(f"The shot {picture.path} cannot be used: {shot}")
+        if advance is not None:
+            advance(len(part))
 
 
-def _worst(name: str) -> _Reduce:
-    return max if name == "ece" else min
+async def _arranged(rooms: Rooms, data: DataSet, known: list[Picture], plan: Plan, seed: int) -> list[Picture]:
+    """Return the shuffled stream in the order of its kind, with the pictures of no class mixed in."""
+    labels = torch.tensor([picture.label for picture in known])
+    if plan.kind is None or plan.kind == "iid":
+        order = torch.arange(len(known))
+    elif plan.kind == "drift" and data.domains > 1:
+        order = drift(torch.tensor([picture.domain for picture in known]), seed)
+    else:
+        config = TenantConfig(classes=data.classes, templates=data.templates)
+        text = await rooms.texts.class_weights([config.prompts(spec) for spec in data.classes])
+        order = order_of(plan.kind, seed, n=len(known), labels=labels, text=text.cpu())
+    both = [*known, *(Picture(path=path, label=None) for path in plan.unknown)]
+    return [both[i] for i in mixed(order, torch.arange(len(known), len(both)), seed).tolist()]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+async def _stream(rooms: Rooms, stream: Sequence[Picture], advance: Callable[[int], None], *, views: int) -> Walk:
+    heard, start = _Heard(images=len(stream)), time.perf_counter()
+    for part in parts(stream, call_size(rooms.settings, views)):
+        results = await ask(rooms, [read(picture.path) for picture in part], views=views)
+        for picture, result in zip(part, results, strict=True):
+            heard.take(picture, result)
+        advance(len(part))
+    return heard.walk(time.perf_counter() - start)
 
 
-def _writes(courses: Sequence[Course]) -> dict[str, float]:
-    outcomes = dict.fromkeys(outcome for course in courses for outcome in course.writes)
-    return {outcome: round(_mean([course.writes.get(outcome, 0) for course in courses]), 4) for outcome in outcomes}
+@dataclass(kw_only=True, slots=True)
+class _Heard:
+    """What was heard so far of a stream of so many images."""
+
+    images: int
+    done: int = 0
+    labels: list[int | None] = field(default_factory=list)
+    said: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: {name: [] for name in BRANCHES})
+    writes: Counter[str] = field(default_factory=Counter)
+    growth: list[int] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def take(self, picture: Picture, result: Reading | Fault) -> None:
+        """Note one picture's answer, or why it has none."""
+        self.done += 1
+        if isinstance(result, Reading):
+            self.labels.append(picture.label)
+            self.writes[result.learned.outcome] += 1
+            for name in BRANCHES:
+                p = getattr(result, name)
+                if p is not None:
+                    self.said[name].append((int(p.argmax()), float(p.max())))
+        else:
+            self.failed[str(picture.path)] = str(result)
+        self.growth += [self.writes["filled"]] * (len(self.growth) < _TENTHS * self.done // self.images)
+
+    def walk(self, seconds: float) -> Walk:
+        """Return the whole.
+
+        Raises:
+            InvalidRequest: no picture that shows a class could be read.
+        """
+        known = torch.tensor([label is not None for label in self.labels], dtype=torch.bool)
+        if not known.any():
+            raise InvalidRequest(f"No image could be read: {next(iter(self.failed.values()))}")
+        marks = {name: self._marks(name) for name in BRANCHES}
+        fused = marks[ADAPTED]
+        course = Course(
+            branches={name: told and told[known] for name, told in marks.items()},
+            labels=torch.tensor([label for label in self.labels if label is not None]),
+            writes=dict(self.writes),
+            seconds=seconds,
+        )
+        unknown = fused.confidence[~known] if fused is not None else torch.empty(0)
+        return Walk(course=course, unknown=unknown, growth=self.growth, failed=self.failed)
+
+    def _marks(self, name: str) -> Marks | None:
+        if not self.said[name]:
+            return None
+        predicted, confidence = zip(*self.said[name], strict=True)
+        return Marks(predicted=torch.tensor(predicted), confidence=torch.tensor(confidence))
 
 
-def _gain(accuracies: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Return the points of accuracy that the adapted answer has over the frozen head's."""
-    pairs = [(one[ADAPTED], one[FROZEN]) for one in accuracies]
-    gains = torch.tensor([a - b for a, b in pairs if a is not None and b is not None], dtype=torch.float64)
-    if not len(gains):
-        return dict.fromkeys(("mean", "worst", "standard_error"))
-    error = (gains.std() / len(gains) ** 0.5).item() if len(gains) > 1 else None
-    return {
-        "mean": round(gains.mean().item(), 4),
-        "worst": round(gains.min().item(), 4),
-        "standard_error": None if error is None else round(error, 4),
-    }
+async def ask(rooms: Rooms, images: list[bytes | ImageFault], *, views: int = 1) -> list[Reading | Fault]:
+    """Return what the service answers to a call of the default tenant that waits as long as it takes."""
+    call = ClassifyCall(tenant=DEFAULT_TENANT, images=images, learn=True, views=views, explain=False, deadline=FOREVER)
+    return await classify(rooms, call)
 
 
-def _first(courses: Sequence[Course]) -> dict[str, Any]:
-    every = [course.figures(FIRST) for course in courses]
-    return {"images": min(FIRST, *(course.n for course in courses)), "accuracy": _over(every, "accuracy", _mean)}
+def read(path: Path) -> bytes | ImageFault:
+    """Return a file's bytes, or why it has none."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return ImageUnreadable(f"{path} cannot be read: {error.strerror}.")
+
+
+def call_size(settings: Settings, views: int = 1) -> int:
+    """Return how many images to take at a time: no more than a call may hold, and the queue."""
+    return max(1, min(_CALL, settings.max_images, settings.queue_images // views))
+
+
+def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Return the items, so many at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))

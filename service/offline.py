@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
-import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,28 +15,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from core import openclip
+from core.encoder import Encoder
 from core.fusion import BranchWeights
-from core.measures import Figures, figures, marks
 from core.orders import Kind, order_of
 from core.replay import Options, load_stream, summary
 from core.replay import replay as run_replay
 
-from .adapt import LabelledImage, Shot, add_shots, load, put_tenant
+from .adapt import put_tenant
 from .app import open_rooms
-from .classify import ClassifyCall, Fault, classify
+from .classify import Fault
+from .courses import Course, together
+from .datasets import DataSet, class_folders
 from .desk import Reading
-from .errors import InvalidRequest
-from .evaluation import Course, together
-from .images import ImageFault, ImageUnreadable
-from .rooms import Rooms
+from .evaluation import Plan, Recalling, ask, call_size, evaluate, parts, read
 from .settings import DEFAULT_TENANT, Settings
-from .tenants import ClassSpec, TenantConfig, class_name
-
-T = TypeVar("T")
-
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
-_FOREVER = float("inf")
-_CALL = 32
+from .tenants import ClassSpec, TenantConfig
+from .worker import choose_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,33 +60,30 @@ async def classify_files(
     """Return the answers to image files, in order, with a memory that starts empty."""
     results: list[tuple[Path, Answer]] = []
     with _progress(console) as progress:
-        async with _opened(settings, progress) as rooms:
-            await put_tenant(rooms, DEFAULT_TENANT, _config(names))
-            task = progress.add_task("Classifying", total=len(paths))
-            for part in _parts(list(paths), _call(settings)):
-                for path, result in zip(part, await _ask(rooms, [_bytes(path) for path in part]), strict=True):
+        encoder = _loaded(settings, progress)
+        async with open_rooms(settings, encoder) as rooms:
+            config = TenantConfig(classes=tuple(ClassSpec(name=name) for name in names))
+            await put_tenant(rooms, DEFAULT_TENANT, config)
+            advance = _announce(progress, "Classifying", len(paths))
+            for part in parts(paths, call_size(settings)):
+                for path, result in zip(part, await ask(rooms, [read(path) for path in part]), strict=True):
                     results.append((path, _answer(result)))
-                progress.advance(task, len(part))
+                advance(len(part))
     return results
 
 
-async def evaluate(
-    settings: Settings, directory: Path, *, shots: int, seed: int, views: int, console: Console
-) -> dict[str, Any]:
-    """Return the figures of a folder of class folders, streamed in shuffled order.
-
-    With `shots`, that many files of each class, chosen by the seed, are uploaded first and left out of the stream.
+async def evaluate_folders(
+    settings: Settings, directories: Sequence[Path], plan: Plan, console: Console
+) -> tuple[dict[str, Any], list[Course]]:
+    """Return the figures of folders of class folders, streamed together, and the courses behind them.
 
     Raises:
-        InvalidRequest: the folder holds no class folders with images, or a class has no more files than shots.
+        InvalidRequest: there are no class folders with images, or a class has no more files than shots.
     """
-    folders = _folders(directory)
-    support, stream = _split(folders, shots, seed)
+    data = class_folders(directories)
     with _progress(console) as progress:
-        async with _opened(settings, progress) as rooms:
-            await put_tenant(rooms, DEFAULT_TENANT, _config(list(folders)))
-            await _upload(rooms, support, progress)
-            return await _stream(rooms, list(folders), stream, progress, shots=shots, views=views)
+        encoder = _loaded(settings, progress)
+        return await _evaluated(settings, encoder, data, plan, progress)
 
 
 def replay_file(
@@ -162,144 +151,34 @@ def answers_table(answers: Sequence[tuple[Path, Answer]], k: int) -> Table:
     return table
 
 
-async def _stream(
-    rooms: Rooms,
-    names: Sequence[str],
-    stream: Sequence[tuple[Path, int]],
-    progress: Progress,
-    *,
-    shots: int,
-    views: int,
-) -> dict[str, Any]:
-    readings: list[Reading] = []
-    labels: list[int] = []
-    failed: dict[str, str] = {}
-    growth: list[int] = []
-    filled, done = 0, 0
-    task, start = progress.add_task("Classifying", total=len(stream)), time.perf_counter()
-    for part in _parts(list(stream), _call(rooms.settings, views)):
-        results = await _ask(rooms, [_bytes(path) for path, _ in part], views=views)
-        for (path, label), result in zip(part, results, strict=True):
-            done += 1
-            if isinstance(result, Reading):
-                readings.append(result)
-                labels.append(label)
-                filled += result.learned.outcome == "filled"
-            else:
-                failed[str(path)] = str(result)
-            growth += [filled] * (len(growth) < 10 * done // len(stream))
-        progress.advance(task, len(part))
-    seconds = time.perf_counter() - start
-    if not readings:
-        raise InvalidRequest(f"No image could be read: {next(iter(failed.values()))}")
-    config = (await load(rooms, DEFAULT_TENANT)).record.config
-    return {
-        "n": len(readings),
-        "classes": len(names),
-        "shots": shots,
-        "encoder": rooms.encoder.name,
-        **_measured(readings, torch.tensor(labels)),
-        "writes": dict(Counter(reading.learned.outcome for reading in readings)),
-        "memory": {"growth": growth, "slots": config.slots * len(names)},
-        "failed": failed,
-        "images_per_second": round(len(stream) / seconds, 1),
-    }
-
-
-def _measured(readings: Sequence[Reading], labels: torch.Tensor) -> Figures:
-    columns: dict[str, torch.Tensor | None] = {
-        "text": torch.stack([reading.text for reading in readings]),
-        "dynamic": torch.stack([reading.dynamic for reading in readings]),
-        "static": None,
-        "fused": torch.stack([reading.fused for reading in readings]),
-    }
-    static = [reading.static for reading in readings if reading.static is not None]
-    if static:
-        columns["static"] = torch.stack(static)
-    return figures({name: None if p is None else marks(p) for name, p in columns.items()}, labels)
-
-
 def _answer(result: Reading | Fault) -> Answer:
     if isinstance(result, Reading):
         return Answer(reading=result, error=None)
     return Answer(reading=None, error=str(result))
 
 
-async def _upload(rooms: Rooms, support: Sequence[tuple[Path, str]], progress: Progress) -> None:
-    task = progress.add_task("Uploading shots", total=len(support)) if support else None
-    for part in _parts(list(support), _call(rooms.settings)):
-        labelled = [LabelledImage(label=label, image=_bytes(path)) for path, label in part]
-        told, _ = await add_shots(rooms, DEFAULT_TENANT, labelled, deadline=_FOREVER)
-        for (path, _label), shot in zip(part, told, strict=True):
-            if not isinstance(shot, Shot):
-                raise InvalidRequest(f"The shot {path} cannot be used: {shot}")
-        if task is not None:
-            progress.advance(task, len(part))
+async def _evaluated(
+    settings: Settings, encoder: Encoder, data: DataSet, plan: Plan, progress: Progress
+) -> tuple[dict[str, Any], list[Course]]:
+    again = len(plan.seeds) > 1 or bool(plan.unknown)
+    async with open_rooms(settings, Recalling(encoder) if again else encoder) as rooms:
+        return await evaluate(rooms, data, plan, partial(_announce, progress))
 
 
-async def _ask(rooms: Rooms, images: list[bytes | ImageFault], *, views: int = 1) -> list[Reading | Fault]:
-    call = ClassifyCall(tenant=DEFAULT_TENANT, images=images, learn=True, views=views, explain=False, deadline=_FOREVER)
-    return await classify(rooms, call)
-
-
-def _config(names: Sequence[str]) -> TenantConfig:
-    return TenantConfig(classes=tuple(ClassSpec(name=name) for name in names))
-
-
-def _folders(directory: Path) -> dict[str, list[Path]]:
-    if not directory.is_dir():
-        raise InvalidRequest(f"{directory} is no folder.")
-    folders = {}
-    for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-        if files:
-            name = class_name(folder.name)
-            if name in folders:
-                raise InvalidRequest(f"Two folders of {directory} are named {name!r}, apart from space and spelling.")
-            folders[name] = files
-    if not folders:
-        raise InvalidRequest(f"{directory} holds no folders with images; each class needs one, named by the class.")
-    return folders
-
-
-def _split(
-    folders: Mapping[str, list[Path]], shots: int, seed: int
-) -> tuple[list[tuple[Path, str]], list[tuple[Path, int]]]:
-    rng = random.Random(seed)  # noqa: S311 - an order, no secret
-    support, stream = [], []
-    for label, (name, files) in enumerate(folders.items()):
-        if len(files) <= shots:
-            raise InvalidRequest(f"The class {name!r} has {len(files)} files; --shots {shots} leaves none to classify.")
-        mixed = rng.sample(files, len(files))
-        support += [(path, name) for path in mixed[:shots]]
-        stream += [(path, label) for path in mixed[shots:]]
-    rng.shuffle(stream)
-    return support, stream
-
-
-def _bytes(path: Path) -> bytes | ImageFault:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return ImageUnreadable(f"{path} cannot be read: {error.strerror}.")
-
-
-def _call(settings: Settings, views: int = 1) -> int:
-    """Return how many images to take at a time: no more than a call may hold, and the queue."""
-    return max(1, min(_CALL, settings.max_images, settings.queue_images // views))
-
-
-def _parts(items: list[T], size: int) -> Iterator[list[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-@asynccontextmanager
-async def _opened(settings: Settings, progress: Progress) -> AsyncIterator[Rooms]:
-    """Open the rooms, and show that something is under way: an encoder may have to be fetched or built."""
+def _loaded(settings: Settings, progress: Progress) -> Encoder:
+    """Return the encoder, and show meanwhile that something is under way: it may have to be fetched or built."""
+    device = choose_device(settings.device)
     task = progress.add_task(f"Loading the encoder {settings.encoder}", total=None)
-    async with open_rooms(settings) as rooms:
+    encoder = openclip.load(settings.encoder, device=device)
+    progress.remove_task(task)
+    return encoder
+
+
+def _announce(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    """Show one thing at a time."""
+    for task in progress.task_ids:
         progress.remove_task(task)
-        yield rooms
+    return partial(progress.advance, progress.add_task(what, total=total))
 
 
 def _progress(console: Console) -> Progress:

@@ -33,12 +33,22 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
     if "memory" in report:
         steps = " ".join(str(count) for count in report["memory"]["growth"])
         told.append(f"filled slots after each tenth: {steps} of {report['memory']['slots']}")
+    if "unknown" in report:
+        told.append(_unknown(report["unknown"]))
     if "gain" in report:
         told.append(_gain(report["gain"]))
     if report.get("failed"):
         first = escape(", ".join(list(report["failed"])[:3]))
         told.append(f"{len(report['failed'])} files could not be read: {first} …")
     return told
+
+
+def _unknown(unknown: Mapping[str, Any]) -> str:
+    now, before = (_figure(unknown[name]["fused"]) for name in ("accuracy", "accuracy_without"))
+    return (
+        f"{unknown['images']} images of no class: AUROC {unknown['auroc']:.2f} %, {unknown['fpr95']:.2f} % of them "
+        f"pass where 95 % of the known do; fused on the known {now}, without them {before}"
+    )
 
 
 def _gain(gain: Mapping[str, float | None]) -> str:

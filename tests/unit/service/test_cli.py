@@ -649,5 +649,28 @@ def test_evaluate_refuses_options_out_of_range(run: Run, tmp_path: Path, option:
     assert (ran.status, ran.out) == (2, "")
 
 
+def test_evaluate_streams_several_folders_in_several_orders(run: Run, tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", red=["red"] * 4, green=["green"] * 4)
+    two = folder(tmp_path / "two", red=["blue"] * 4, green=["blue"] * 4)
+    strangers = folder(tmp_path / "none", deep=["white"] * 3)
+    given = ("--orders", 2, "--stream", "drift", "--unknown", strangers)
+    told = run("evaluate", one, two, *given, "--json").json
+    assert (told["n"], told["orders"], told["stream"], told["unknown"]["images"]) == (16, 2, "drift", 3)
+    assert {"worst", "worst_tenth", "gain", "first"} <= set(told)
+    assert run("evaluate", one, two, *given).status == 0
+
+
+@pytest.mark.parametrize("option", ["--orders=0", "--stream=sorted"])
+def test_evaluate_refuses_orders_out_of_range(run: Run, tmp_path: Path, option: str) -> None:
+    ran = run("evaluate", folder(tmp_path / "data", red=["red"]), option, "--json")
+    assert (ran.status, ran.out) == (2, "")
+
+
+def test_evaluate_refuses_strangers_that_are_not_there_and_folders_that_do_not_match(run: Run, tmp_path: Path) -> None:
+    one, other = folder(tmp_path / "one", red=["red"] * 2), folder(tmp_path / "other", blue=["blue"] * 2)
+    assert "nowhere" in refused(run("evaluate", one, "--unknown", tmp_path / "nowhere", "--json"))
+    assert "blue" in refused(run("evaluate", one, other, "--json"))
+
+
 def test_the_colours_of_these_tests_are_known_to_the_encoder() -> None:
     assert {"red", "green", "blue"} <= set(COLOURS)

@@ -10,31 +10,37 @@ import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from core import openclip
+from core.orders import Kind
 from service import logs, offline
 from service.desk import Learned, Reading
 from service.errors import InvalidRequest
+from service.evaluation import Plan, Recalling
 from service.offline import Answer
 from service.report import report_table
 from service.settings import Settings
 from service.stores.base import Stamp
 from tests.fakes import FakeEncoder, picture
 
+PLAN = Plan()
+
 
 @pytest.fixture(autouse=True)
-def _fake_encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEncoder]:
     for name in list(os.environ):
         if name.upper().startswith("DMN_"):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(openclip, "load", lambda name, *, device: FakeEncoder())  # noqa: ARG005 - its signature
+    made = FakeEncoder()
+    monkeypatch.setattr(openclip, "load", lambda name, *, device: made)  # noqa: ARG005 - its signature
     level = logs.logger.level
     logs.logger.setLevel(logging.WARNING)
-    yield
+    yield made
     logs.logger.setLevel(level)
 
 
@@ -68,9 +74,10 @@ def quiet() -> Console:
     return Console(file=io.StringIO())
 
 
-def evaluate(root: Path, *, shots: int = 0, seed: int = 0, views: int = 1, **settings: object) -> dict[str, object]:
+def evaluate(*roots: Path, plan: Plan = PLAN, **settings: object) -> dict[str, Any]:
     made = Settings(store="memory", **settings)  # type: ignore[arg-type]
-    return asyncio.run(offline.evaluate(made, root, shots=shots, seed=seed, views=views, console=quiet()))
+    report, _ = asyncio.run(offline.evaluate_folders(made, roots, plan, quiet()))
+    return report
 
 
 def test_an_answer_names_the_likeliest_classes_first() -> None:
@@ -85,28 +92,9 @@ def test_an_answer_that_failed_names_no_class() -> None:
     assert Answer(reading=None, error="why").json(3) == {"label": None, "top": [], "error": "why"}
 
 
-def test_the_split_takes_every_file_once_and_knows_its_seed(tmp_path: Path) -> None:
-    folders = {name: [tmp_path / name / str(n) for n in range(5)] for name in "abc"}
-    support, stream = offline._split(folders, 2, seed=1)
-    assert sorted(path for path, _ in (*support, *stream)) == sorted(path for own in folders.values() for path in own)
-    assert [label for _, label in support] == ["a", "a", "b", "b", "c", "c"]
-    assert all(path.parent.name == "abc"[label] for path, label in stream)
-    assert offline._split(folders, 2, seed=1) == (support, stream)
-    assert offline._split(folders, 2, seed=2) != (support, stream)
-
-
-def test_classes_are_folders_by_name_without_hidden_ones(tmp_path: Path) -> None:
-    folder(tmp_path, {"b": ["red"], "a": ["red"], ".hidden": ["red"], "empty": []})
-    (tmp_path / "a" / "deeper").mkdir()
-    (tmp_path / "a" / "deeper" / "X.JPG").write_bytes(b"")
-    found = offline._folders(tmp_path)
-    assert list(found) == ["a", "b"]
-    assert [path.name for path in found["a"]] == ["0.png", "X.JPG"]
-
-
 def test_growth_is_told_after_each_tenth_of_the_stream(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", {"red": ["red"] * 35, "green": ["green"] * 35})
-    growth = evaluate(root)["memory"]["growth"]  # type: ignore[index]
+    growth = evaluate(root)["memory"]["growth"]
     assert growth == [7 * n for n in range(1, 11)]
 
 
@@ -121,24 +109,24 @@ def test_the_stream_is_the_same_with_calls_of_any_size(tmp_path: Path) -> None:
 
 def test_a_service_with_small_calls_can_be_evaluated(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", {"red": ["red"] * 4, "green": ["green"] * 4})
-    assert evaluate(root, shots=1, max_images=2, queue_images=2, batch_images=2)["n"] == 6
+    assert evaluate(root, plan=Plan(shots=1), max_images=2, queue_images=2, batch_images=2)["n"] == 6
 
 
 def test_views_are_drawn_where_they_are_asked_for(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", {"red": ["red"] * 2, "green": ["green"] * 2})
-    assert evaluate(root, views=4)["accuracy"]["text"] == 100.0  # type: ignore[index]
+    assert evaluate(root, plan=Plan(views=4))["accuracy"]["text"] == 100.0
 
 
 @pytest.mark.parametrize("shots", [0, 1])
 def test_folders_whose_names_are_spelled_in_nfd_are_classes_like_others(tmp_path: Path, shots: int) -> None:
     name = unicodedata.normalize("NFD", "caf\u00e9 red")
     root = folder(tmp_path / "data", {name: ["red"] * 2, "green": ["green"] * 2})
-    assert evaluate(root, shots=shots)["accuracy"]["text"] == 100.0  # type: ignore[index]
+    assert evaluate(root, plan=Plan(shots=shots))["accuracy"]["text"] == 100.0
 
 
 def test_folders_whose_names_have_space_around_them_are_classes_like_others(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", {"red ": ["red"] * 2, "green": ["green"] * 2})
-    assert evaluate(root, shots=1)["n"] == 2
+    assert evaluate(root, plan=Plan(shots=1))["n"] == 2
 
 
 def test_a_shot_that_cannot_be_read_ends_the_evaluation_with_its_name(tmp_path: Path) -> None:
@@ -146,7 +134,7 @@ def test_a_shot_that_cannot_be_read_ends_the_evaluation_with_its_name(tmp_path: 
     for n in range(2):
         (root / "red" / f"bad{n}.png").write_bytes(b"no picture")
     with pytest.raises(InvalidRequest, match=r"bad\d\.png"):
-        evaluate(root, shots=1)
+        evaluate(root, plan=Plan(shots=1))
 
 
 def test_figures_that_are_not_there_are_dashes() -> None:
@@ -181,3 +169,103 @@ def test_a_report_shows_brackets_in_paths_as_they_are() -> None:
     console = Console(file=(file := io.StringIO()), width=200)
     console.print(report_table(report))
     assert "data/[/red]/a.png" in file.getvalue()
+
+
+# Several orders, domains, pictures of no class ------------------------------------------------------------------------
+
+
+def test_several_orders_are_the_mean_of_what_each_seed_says_alone(tmp_path: Path) -> None:
+    colours = ["red", "blue", "red", "red", "green"]
+    root = folder(tmp_path / "data", {"red": colours, "green": ["green", "red", "green", "blue"], "blue": colours})
+    alone = [evaluate(root, plan=Plan(shots=1, seeds=(seed,)))["accuracy"] for seed in range(3)]
+    told = evaluate(root, plan=Plan(shots=1, seeds=range(3), kind="iid"))
+    for branch, value in told["accuracy"].items():
+        assert value == pytest.approx(sum(one[branch] for one in alone) / 3, abs=1e-3)
+        assert told["worst_tenth"]["accuracy"][branch] == told["worst"]["accuracy"][branch]
+    assert (told["orders"], told["stream"], told["shots"]) == (3, "iid", 1)
+
+
+def test_over_several_orders_each_picture_is_encoded_once(tmp_path: Path, encoder: FakeEncoder) -> None:
+    root = folder(tmp_path / "data", {"red": ["red"] * 6, "green": ["green"] * 5})
+    evaluate(root, plan=Plan(shots=2, seeds=range(4), kind="runs"))
+    warm_up = 1
+    assert encoder.images == 11 + warm_up
+
+
+def test_an_encoder_that_recalls_answers_as_it_did(encoder: FakeEncoder) -> None:
+    recalling = Recalling(encoder)
+    pixels = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    first = recalling.encode_images(pixels[:3])
+    assert recalling.encode_images(pixels[[4, 2, 0, 4]]).equal(encoder.encode_images(pixels[[4, 2, 0, 4]]))
+    assert first.equal(encoder.encode_images(pixels[:3]))
+
+
+def right_answers(*roots: Path, plan: Plan) -> list[bool]:
+    """Return which answers of the text head are right, in the order of the stream."""
+    _, (course,) = asyncio.run(offline.evaluate_folders(Settings(store="memory"), roots, plan, quiet()))
+    right = course.right("text")
+    assert right is not None
+    return right.tolist()
+
+
+def domains(root: Path) -> tuple[Path, Path]:
+    """Return two domains of the same classes: in the first every picture is what it says, in the second none is."""
+    good = folder(root / "good", {"red": ["red"] * 10, "green": ["green"] * 10})
+    bad = folder(root / "bad", {"green": ["red"] * 10, "red": ["green"] * 10})
+    return good, bad
+
+
+def test_a_drift_over_several_folders_goes_from_one_to_the_next(tmp_path: Path) -> None:
+    right = right_answers(*domains(tmp_path), plan=Plan(kind="drift", seeds=(3,)))
+    assert right == [True] * 20 + [False] * 20
+
+
+def test_several_folders_without_a_drift_are_mixed(tmp_path: Path) -> None:
+    assert 5 <= sum(right_answers(*domains(tmp_path), plan=PLAN)[:20]) <= 15
+
+
+def test_folders_with_other_classes_are_refused(tmp_path: Path) -> None:
+    one = folder(tmp_path / "one", {"red": ["red"], "green": ["green"]})
+    other = folder(tmp_path / "other", {"red": ["red"], "blue": ["blue"]})
+    with pytest.raises(InvalidRequest, match="blue"):
+        evaluate(one, other)
+
+
+@pytest.mark.parametrize("kind", ["runs", "zipf", "drift"])
+def test_pictures_can_be_sent_in_any_order(tmp_path: Path, kind: Kind) -> None:
+    root = folder(tmp_path / "data", {"red": ["red"] * 12, "green": ["green"] * 12})
+    told = evaluate(root, plan=Plan(kind=kind))
+    assert (told["orders"], told["stream"]) == (1, kind)
+    assert told["n"] == (18 if kind == "zipf" else 24)
+
+
+def test_pictures_of_no_class_are_told_apart_by_the_score_and_counted_in_no_accuracy(tmp_path: Path) -> None:
+    """White looks like none of the classes; of three greens that are in a folder of reds none is right."""
+    root = folder(tmp_path / "data", {"red": ["red"] * 9 + ["green"] * 3, "green": ["green"] * 12})
+    strangers = [root.parent / f"{n}.png" for n in range(8)]
+    for n, path in enumerate(strangers):
+        path.write_bytes(picture("white", 100 + n))
+    told = evaluate(root, plan=Plan(unknown=strangers))
+    assert (told["n"], told["unknown"]["images"]) == (24, 8)
+    assert told["accuracy"]["text"] == told["unknown"]["accuracy_without"]["text"] == 87.5
+    assert told["unknown"]["accuracy"] == told["accuracy"]
+    assert told["unknown"]["auroc"] > 99.0
+    assert told["unknown"]["fpr95"] == 0.0
+    assert sum(told["writes"].values()) == 24 + 8
+
+
+def test_unknown_pictures_that_look_like_a_class_pass_for_it(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", {"red": ["red"] * 12, "green": ["green"] * 12})
+    (tmp_path / "stranger.png").write_bytes(picture("red", 500))
+    told = evaluate(root, plan=Plan(unknown=[tmp_path / "stranger.png"]))
+    assert told["unknown"]["fpr95"] == 100.0
+
+
+def test_what_several_orders_say_is_shown_to_people(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", {"red": ["red"] * 4, "green": ["green"] * 4})
+    (tmp_path / "stranger.png").write_bytes(picture("white", 500))
+    plan = Plan(seeds=range(2), kind="runs", unknown=[tmp_path / "stranger.png"])
+    console = Console(file=(file := io.StringIO()), width=200)
+    console.print(report_table(evaluate(root, plan=plan)))
+    for word in ("2 orders (runs)", "gain of fused over text", "1 images of no class", "AUROC"):
+        assert word in file.getvalue()

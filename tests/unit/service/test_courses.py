@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from core.measures import Marks
-from service.evaluation import Course, tail, together
+from service.courses import Course, tail, together
 
 
 def course(text: str, fused: str, writes: dict[str, int] | None = None) -> Course:
