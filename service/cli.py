@@ -123,8 +123,15 @@ def classify(
 @app.command()
 def evaluate(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold one folder of images for each class.")
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="[DIR]...", help="Folders that hold one folder of images for each class."),
+    ] = None,
+    paper: Annotated[
+        Path | None, typer.Option(metavar="ROOT", help="Instead: the data sets of the paper, in their usual folders.")
+    ] = None,
+    datasets: Annotated[
+        str, typer.Option(metavar="A,B", help="With --paper: some of them, by folder; all that are found if left out.")
+    ] = "",
     shots: Annotated[int, typer.Option(min=0, help="Labelled shots a class, taken out of the stream.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order, and of the choice of shots.")] = 0,
     orders: OrdersOption = None,
@@ -141,21 +148,34 @@ def evaluate(
 
     Several folders are domains of the same classes: mixed, or one after another with `--stream drift`.
     """
-    from . import datasets, evaluation, offline, report  # noqa: PLC0415 - as in serve
+    from . import evaluation, offline, report  # noqa: PLC0415 - as in serve
+    from .datasets import pictures_under  # noqa: PLC0415
 
+    if bool(directories) == (paper is not None):
+        _stop("Name either folders of class folders, or --paper and the folder that holds the data sets.")
+    if datasets and paper is None:
+        _stop("--datasets chooses among those of --paper ROOT.")
     plan = evaluation.Plan(
         shots=shots,
         seeds=range(seed, seed + (orders or 1)),
         kind=_kind(orders, kind),
         views=views,
-        unknown=() if unknown is None else datasets.pictures_under(unknown),
+        unknown=() if unknown is None else pictures_under(unknown),
     )
     settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
-    told, _courses = asyncio.run(offline.evaluate_folders(settings, directories, plan, err))
+    if paper is None:
+        told, _ = asyncio.run(offline.evaluate_folders(settings, directories or [], plan, err))
+        table = report.report_table(told)
+    else:
+        names = [name for name in datasets.split(",") if name.strip()]
+        told, _ = asyncio.run(offline.evaluate_paper(settings, paper, names, plan, err))
+        table = report.paper_table(told)
+        if told["missing"]:
+            err.print(report.absence(paper, told["missing"]), highlight=False, markup=False, soft_wrap=True)
     if as_json:
         _print_json(told)
     else:
-        out.print(report.report_table(told))
+        out.print(table)
 
 
 @app.command()

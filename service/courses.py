@@ -86,6 +86,11 @@ def _worst(name: str) -> _Reduce:
     return max if name == "ece" else min
 
 
+def average(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the means over data sets of what each of them says."""
+    return {name: over([report[name] for report in reports], mean) for name in MEASURES}
+
+
 def mean(values: Sequence[float]) -> float:
     """Return the mean of values."""
     return sum(values) / len(values)

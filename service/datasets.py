@@ -102,7 +102,7 @@ def pictures_under(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise InvalidRequest(f"{directory} is no folder.")
-    files = _images(directory)
+    files = images_in(directory)
     if not files:
         raise InvalidRequest(f"{directory} holds no images.")
     return files
@@ -113,7 +113,7 @@ def _folders(directory: Path) -> dict[str, list[Path]]:
         raise InvalidRequest(f"{directory} is no folder.")
     folders = {}
     for folder in sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        files = _images(folder)
+        files = images_in(folder)
         if files:
             name = class_name(folder.name)
             if name in folders:
@@ -124,5 +124,6 @@ def _folders(directory: Path) -> dict[str, list[Path]]:
     return folders
 
 
-def _images(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
+    """Return every picture in a folder and the folders below it, by path."""
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)

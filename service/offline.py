@@ -25,10 +25,13 @@ from core.replay import replay as run_replay
 from .adapt import put_tenant
 from .app import open_rooms
 from .classify import Fault
-from .courses import Course, together
+from .courses import Course, average, together
 from .datasets import DataSet, class_folders
 from .desk import Reading
+from .errors import InvalidRequest
 from .evaluation import Plan, Recalling, ask, call_size, evaluate, parts, read
+from .paper import chosen
+from .report import absence
 from .settings import DEFAULT_TENANT, Settings
 from .tenants import ClassSpec, TenantConfig
 from .worker import choose_device
@@ -84,6 +87,28 @@ async def evaluate_folders(
     with _progress(console) as progress:
         encoder = _loaded(settings, progress)
         return await _evaluated(settings, encoder, data, plan, progress)
+
+
+async def evaluate_paper(
+    settings: Settings, root: Path, names: Sequence[str], plan: Plan, console: Console
+) -> tuple[dict[str, Any], dict[str, list[Course]]]:
+    """Return the figures of the paper's data sets under a root, and the courses behind them, by data set.
+
+    Raises:
+        InvalidRequest: there is none of them, there are none of such names, or one is broken.
+    """
+    wanted = chosen(names)
+    absent = {known.name: known.missing(root, shots=plan.shots > 0) for known in wanted}
+    found = [known.load(root, shots=plan.shots > 0) for known in wanted if absent[known.name] is None]
+    missing = {name: str(path) for name, path in absent.items() if path is not None}
+    if not found:
+        raise InvalidRequest(absence(root, missing))
+    told, courses = {}, {}
+    with _progress(console) as progress:
+        encoder = _loaded(settings, progress)
+        for data in found:
+            told[data.name], courses[data.name] = await _evaluated(settings, encoder, data, plan, progress)
+    return {"data_sets": told, "average": average(list(told.values())), "missing": missing}, courses
 
 
 def replay_file(
@@ -162,7 +187,7 @@ async def _evaluated(
 ) -> tuple[dict[str, Any], list[Course]]:
     again = len(plan.seeds) > 1 or bool(plan.unknown)
     async with open_rooms(settings, Recalling(encoder) if again else encoder) as rooms:
-        return await evaluate(rooms, data, plan, partial(_announce, progress))
+        return await evaluate(rooms, data, plan, lambda what, total: _announce(progress, f"{data.name}: {what}", total))
 
 
 def _loaded(settings: Settings, progress: Progress) -> Encoder:

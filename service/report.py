@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
@@ -25,6 +26,32 @@ def report_table(report: Mapping[str, Any]) -> Table:
         table.add_row(_NAMES.get(branch, branch), *(_figure(column[branch]) for column in columns.values()))
     table.caption = "\n".join(_remarks(report))
     return table
+
+
+def paper_table(report: Mapping[str, Any]) -> Table:
+    """Return the accuracies of several data sets: a row each, and their average."""
+    rows = report["data_sets"]
+    branches = list(report["average"]["accuracy"])
+    table = Table(
+        "data set", "images", "classes", *(f"{branch} %" for branch in branches), "gain", title_justify="left"
+    )
+    for name, told in rows.items():
+        table.add_row(name, str(told["n"]), str(told["classes"]), *_accuracies(told["accuracy"]))
+    table.add_section()
+    table.add_row("average", "", "", *_accuracies(report["average"]["accuracy"]))
+    return table
+
+
+def absence(root: Path, missing: Mapping[str, str]) -> str:
+    """Return the sentence that says which data sets are not there, and where they were looked for."""
+    return f"Not found under {root}: {', '.join(f'{name} ({path})' for name, path in missing.items())}."
+
+
+def _accuracies(accuracy: Mapping[str, float | None]) -> list[str]:
+    """Return every branch's accuracy, and the points that the fused answer has over the frozen head's."""
+    text, fused = accuracy["text"], accuracy["fused"]
+    gain = "-" if text is None or fused is None else f"{fused - text:+.2f}"
+    return [*map(_figure, accuracy.values()), gain]
 
 
 def _remarks(report: Mapping[str, Any]) -> list[str]:

@@ -672,5 +672,33 @@ def test_evaluate_refuses_strangers_that_are_not_there_and_folders_that_do_not_m
     assert "blue" in refused(run("evaluate", one, other, "--json"))
 
 
+def test_evaluate_reruns_the_papers_table_and_says_what_is_missing(run: Run, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    folder(root / "dtd" / "images", red=["red"] * 2, green=["green"] * 2)
+    items = [[f"{name}/{n}.png", label, name] for label, name in enumerate(("red", "green")) for n in range(2)]
+    (root / "dtd" / "split_zhou_DescribableTextures.json").write_text(json.dumps({"train": items, "test": items}))
+    told = run("evaluate", "--paper", root, "--json").json
+    assert told["data_sets"]["DTD"]["accuracy"]["text"] == 100.0
+    table = run("evaluate", "--paper", root, "--datasets", "dtd,eurosat", "--shots", 1)
+    assert table.status == 0
+    assert all(word in table.out for word in ("DTD", "average", "100.00"))
+    assert "EuroSAT" in table.err
+    assert "eurosat" in table.err
+    assert "UCF101" not in table.err
+
+
+def test_evaluate_wants_either_folders_or_the_papers_root(run: Run, tmp_path: Path) -> None:
+    for given in ((), (tmp_path, "--paper", tmp_path), (tmp_path, "--datasets", "dtd")):
+        assert "--paper" in refused(run("evaluate", *given, "--json"))
+    assert "Not found" in refused(run("evaluate", "--paper", tmp_path / "nowhere", "--json"))
+    assert "cifar" in refused(run("evaluate", "--paper", tmp_path, "--datasets", "cifar", "--json"))
+
+
+def test_a_broken_split_file_ends_with_2(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "dtd" / "images").mkdir(parents=True)
+    (tmp_path / "dtd" / "split_zhou_DescribableTextures.json").write_bytes(b"\xff")
+    assert "UTF-8" in refused(run("evaluate", "--paper", tmp_path, "--json"))
+
+
 def test_the_colours_of_these_tests_are_known_to_the_encoder() -> None:
     assert {"red", "green", "blue"} <= set(COLOURS)
