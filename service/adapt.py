@@ -11,7 +11,7 @@ from functools import partial
 from core.codec import FEATURE_BYTES, encode_feature
 
 from . import logs, snapshots, upkeep
-from .archive import check_fingerprint, origin_of
+from .archive import check_fingerprint, origin_of, static_bytes
 from .classify import Fault, check_count, count_faults, each
 from .errors import Contended, LimitExceeded, UnknownClass, UnknownJob, UnknownShot, UnknownSlot, UnknownTenant
 from .images import ImageFault
@@ -27,6 +27,7 @@ from .stores.base import (
     StoredMemory,
     StoredShot,
     TenantRecord,
+    labelling_of,
 )
 from .tenants import ClassSpec, TenantConfig, checked, class_id, class_name, tenant_name
 
@@ -169,7 +170,7 @@ async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
 async def reset(
     rooms: Rooms, tenant: str, *, dynamic: bool, static: bool, classes: Sequence[str] | None
 ) -> tuple[Stamp, SnapshotInfo | None]:
-    """Empty one or both memories, of the named classes or of all.
+    """Empty one or both memories, of the named classes or of all; trained offsets go with all shots.
 
     Return where the memory is then, and the snapshot that was taken before.
 
@@ -188,6 +189,10 @@ async def reset(
         rooms.archive.drop(tenant)
     if stamp is None:
         raise UnknownTenant(f"There is no tenant {tenant!r}.")
+    if record.training is not None and static and ids is None:
+        # With the offsets goes what labelled the slots that stay.
+        await _soon(rooms, tenant)
+        stamp = (await rooms.archive.record(tenant)).stamp
     logs.event(logs.MEMORY_RESET, tenant=tenant, dynamic=dynamic, static=static, classes=ids and len(ids))
     return stamp, saved
 
@@ -260,9 +265,13 @@ async def _replace(rooms: Rooms, tenant: str, old: TenantRecord | None, config: 
     await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
     fingerprint, origin = rooms.encoder.fingerprint, origin_of(rooms.encoder)
     has_slots = old is not None and old.fingerprint == fingerprint and bool(old.config.classes)
-    labelling = old.labelling if old is not None and has_slots else config.labelling
+    training = old.training if old is not None and has_slots else None
+    if training is not None and old is not None:
+        training = training.without({spec.id for spec in old.config.classes} - {spec.id for spec in config.classes})
+    due = labelling_of(config, training)
+    labelling = old.labelling if old is not None and has_slots else due
     fewer: StoredMemory | None = None
-    if old is not None and has_slots and config.slots < old.config.slots and labelling == config.labelling:
+    if old is not None and has_slots and config.slots < old.config.slots and labelling == due:
         fewer = await load(rooms, tenant)
         if fewer.record.stamp.epoch != old.stamp.epoch:
             raise Conflict(tenant)
@@ -279,20 +288,31 @@ async def _replace(rooms: Rooms, tenant: str, old: TenantRecord | None, config: 
         barred=() if fewer is None else fewer.barred,
     )
     return TenantRecord(
-        name=tenant, config=config, fingerprint=fingerprint, origin=origin, labelling=labelling, stamp=stamp
+        name=tenant,
+        config=config,
+        fingerprint=fingerprint,
+        origin=origin,
+        labelling=labelling,
+        stamp=stamp,
+        training=training,
     )
 
 
 async def _upkeep(rooms: Rooms, old: TenantRecord | None, record: TenantRecord) -> Job | None:
     """Start what a changed memory is due for, and give it a moment; return its job if it is not done by then."""
     read_anew = old is not None and old.fingerprint != record.fingerprint
-    if record.labelling == record.config.labelling and not read_anew:
+    if record.labelling == record.due_labelling and not read_anew:
         return None
+    return await _soon(rooms, record.name)
+
+
+async def _soon(rooms: Rooms, tenant: str) -> Job | None:
+    """Start the upkeep that a tenant's memory is due for, and return its job if it is not done in a moment."""
     with suppress(UnknownTenant, UnknownJob):  # removed since, by someone else: then nothing has to be done
-        job = await upkeep.resume(rooms, record.name)
+        job = await upkeep.resume(rooms, tenant)
         if job is not None:
             await rooms.jobs.wait(job.id, _SOON_S)
-            now = await rooms.jobs.get(record.name, job.id)
+            now = await rooms.jobs.get(tenant, job.id)
             return None if now.state is JobState.DONE else now
     return None
 
@@ -355,9 +375,8 @@ def _check_limits(rooms: Rooms, stored: StoredMemory, shots: Sequence[StoredShot
 
 
 def held_bytes(stored: StoredMemory, dim: int) -> int:
-    """Return the bytes of features and kept images that count against a tenant's limit."""
-    slots = sum(len(bank) for bank in stored.slots.values())
-    return slots * dim * FEATURE_BYTES + sum(shot.nbytes for bank in stored.shots.values() for shot in bank)
+    """Return the bytes of features, kept images and trained offsets that count against a tenant's limit."""
+    return sum(len(bank) for bank in stored.slots.values()) * dim * FEATURE_BYTES + static_bytes(stored)
 
 
 def _must(config: TenantConfig | None, tenant: str) -> TenantConfig:

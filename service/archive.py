@@ -11,8 +11,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from core.bank import Slots
 from core.codec import decode_features
 from core.dynamic import DynamicMemory
 from core.encoder import Encoder
+from core.errors import IncompatibleMemory
+from core.projection import Projection
 from core.shelves import Shelves
 from core.snapshot import Snapshot
 from core.static import Shots, StaticMemory
@@ -29,6 +32,7 @@ from .errors import FingerprintMismatch, NoClasses, StoreDown, UnknownTenant
 from .locks import KeyedLocks
 from .metrics import Metrics
 from .stores.base import (
+    OFFSETS,
     Change,
     MemoryStore,
     ReloadNeeded,
@@ -53,8 +57,8 @@ class HotMemory:
     """One tenant's memory, ready to be read. `shelves` is touched in the worker alone.
 
     `position` leads from class id to class position; `barred` are purged slots; `filled` are dynamic slots; `nbytes`
-    counts features and what is kept ready from them. `unread` shots wait for this encoder to read their images. `away`
-    says that the store could not be asked how it stands.
+    counts features and what is kept ready from them, `static_bytes` shots and offsets. `unread` shots wait for this
+    encoder to read their images. `away` says that the store could not be asked how it stands.
     """
 
     record: TenantRecord
@@ -62,7 +66,7 @@ class HotMemory:
     shelves: Shelves
     synced_at: float
     verified_at: float
-    shot_bytes: int
+    static_bytes: int
     position: dict[str, int]
     barred: frozenset[tuple[str, str]] = frozenset()
     unread: int = 0
@@ -73,7 +77,7 @@ class HotMemory:
     @property
     def due(self) -> bool:
         """Whether slots have to be scored anew, or shots read anew, before the memory is what it should be."""
-        return self.unread > 0 or self.record.labelling != self.record.config.labelling
+        return self.unread > 0 or self.record.labelling != self.record.due_labelling
 
     @property
     def stale(self) -> bool:
@@ -294,7 +298,7 @@ class Archive:
             synced_at=loaded_at,
             verified_at=loaded_at,
             unread=sum(not shot.feature for own in stored.shots.values() for shot in own),
-            shot_bytes=sum(shot.nbytes for own in stored.shots.values() for shot in own),
+            static_bytes=static_bytes(stored),
             position={spec.id: i for i, spec in enumerate(config.classes)},
             barred=stored.barred,
         )
@@ -354,6 +358,40 @@ def stack_features(stored: Iterable[StoredSlot | StoredShot], dim: int) -> Tenso
     return decode_features(b"".join(one.feature for one in stored), dim)
 
 
+def static_bytes(stored: StoredMemory) -> int:
+    """Return the bytes of shots, their kept images and trained offsets: those that no image of a stream adds to."""
+    return stored.offsets.nbytes + sum(shot.nbytes for own in stored.shots.values() for shot in own)
+
+
+def encode_offsets(projection: Projection, class_ids: Sequence[str]) -> dict[str, bytes]:
+    """Return trained offsets as a store keeps them: by class id, five vectors of little-endian float32 in one row."""
+    parts = [getattr(projection, field.name) for field in fields(Projection)]
+    rows = torch.cat(parts, dim=1).cpu().numpy().astype("<f4")
+    return {class_id: row.tobytes() for class_id, row in zip(class_ids, rows, strict=True)}
+
+
+def projection_of(stored: StoredMemory, like: Tensor) -> Projection | None:
+    """Return a memory's trained offsets for class weights `like` (c, d), zero for classes without; None if untrained.
+
+    Raises:
+        IncompatibleMemory: they are of another size.
+    """
+    if stored.offsets.training is None:
+        return None
+    classes, dim = like.shape
+    table = np.zeros((classes, OFFSETS * dim), np.float32)
+    for at, spec in enumerate(stored.record.config.classes):
+        row = stored.offsets.rows.get(spec.id)
+        if row is not None:
+            if len(row) != table.itemsize * table.shape[1]:
+                raise IncompatibleMemory(
+                    f"Trained offsets have {len(row)} bytes a class; expected {OFFSETS * dim} entries."
+                )
+            table[at] = np.frombuffer(row, "<f4")
+    parts = torch.from_numpy(table).to(like).split(dim, dim=1)
+    return Projection(**{field.name: part.clone() for field, part in zip(fields(Projection), parts, strict=True)})
+
+
 def _snapshot(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
     config, dim = stored.record.config, text.shape[-1]
     banks = [stored.slots.get(spec.id, StoredBank()) for spec in config.classes]
@@ -367,6 +405,7 @@ def _snapshot(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
                 for own in shots
             )
         ),
+        projection=projection_of(stored, text),
         tau=tau,
         beta=config.beta,
         weights=config.weights,

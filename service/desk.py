@@ -259,7 +259,7 @@ class Desk:
         """Return how many more slots the tenant may fill; what waits for the store may fill some."""
         each = FEATURE_BYTES * hot.snapshot.text.shape[-1]
         held = hot.filled + self._outbox.count(hot.record.name)
-        return (self._tenant_max_bytes - hot.shot_bytes) // each - held
+        return (self._tenant_max_bytes - hot.static_bytes) // each - held
 
     async def _push(self, hot: HotMemory, candidates: Sequence[PushCandidate]) -> tuple[Verdict, ...]:
         if hot.away:

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from . import logs, transfer
 from .archive import differences
-from .errors import Contended, FingerprintMismatch, LimitExceeded, UnknownSnapshot, UnknownTenant
+from .errors import Contended, FingerprintMismatch, InvalidRequest, LimitExceeded, UnknownSnapshot, UnknownTenant
 from .rooms import Rooms
 from .settings import Settings
 from .stores.base import Conflict, SnapshotInfo, StoredMemory, TenantRecord
@@ -125,6 +125,9 @@ async def bring_in(
             f"The file holds a memory {differs}. Features of two encoders are never mixed, and nothing was changed: "
             f"bring it in where DMN_ENCODER is {brought.record.origin.get('encoder', 'the same')}."
         )
+    training = brought.record.training
+    if training is not None and training.dim != rooms.encoder.dim:
+        raise InvalidRequest(f"The file's offsets have {training.dim} entries; this encoder has {rooms.encoder.dim}.")
     # Even where no slot needs it: the first image should not have to wait for the prompts.
     config = brought.record.config
     await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
@@ -230,6 +233,7 @@ async def _put(rooms: Rooms, tenant: str, brought: StoredMemory) -> TenantRecord
                 slots=brought.slots,
                 barred=brought.barred,
                 shots=[shot for own in brought.shots.values() for shot in own],
+                offsets=brought.offsets,
             )
         except Conflict:
             continue
@@ -249,7 +253,7 @@ async def check_room(rooms: Rooms) -> None:
 
 
 def _holds(stored: StoredMemory) -> bool:
-    return bool(_slots(stored) or _shots(stored))
+    return bool(_slots(stored) or _shots(stored) or stored.offsets.training)
 
 
 def _slots(stored: StoredMemory) -> int:

@@ -12,7 +12,7 @@ barred.ids          U8                                         static.images    
 Rows stand in the order of the classes; within one, slots by (entropy, id), shots and barred ids by id. So a memory has
 one file only, byte for byte, and a class is one stretch of each column. Metadata are strings: `format`, `version` (of
 the format), `tenant`, `created`, `fingerprint`, `origin` and `config` (both JSON), `labelling`, `epoch`,
-`memory_version`.
+`memory_version`; and `training` (JSON) where there are offsets, which a release that does not know them refuses.
 
 Any safetensors reader opens such a file. The container is written and read here all the same: the library orders
 metadata at random, wants each column whole in memory, and lets a name pass that comes twice. What comes in may be
@@ -28,7 +28,7 @@ import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -43,7 +43,7 @@ from core.errors import IncompatibleMemory
 
 from .errors import DuplicateClass, InvalidRequest, LimitExceeded
 from .settings import Settings
-from .stores.base import Stamp, StoredBank, StoredMemory, StoredShot, TenantRecord
+from .stores.base import OFFSETS, Stamp, StoredBank, StoredMemory, StoredOffsets, StoredShot, TenantRecord, Training
 from .tenants import ClassSpec, TenantConfig, checked, tenant_name
 
 FORMAT = "dmn-memory"
@@ -62,6 +62,8 @@ _COLUMNS: Mapping[str, tuple[str, int]] = {
     "dynamic.classes": ("I32", 1),
     "static.classes": ("I32", 1),
     "barred.classes": ("I32", 1),
+    "offsets.classes": ("I32", 1),
+    "offsets.rows": ("F32", 2),
     "dynamic.features": ("F16", 2),
     "static.features": ("F16", 2),
     "dynamic.ids": ("U8", 1),
@@ -72,10 +74,14 @@ _COLUMNS: Mapping[str, tuple[str, int]] = {
 }
 """Type and rank of each column, in the order of the file: the widest first, so that each begins where it should."""
 
+_OPTIONAL = frozenset(("offsets.classes", "offsets.rows"))
+"""Columns of a memory that has trained offsets: both, and the metadata `training`, or none of them."""
+
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "U8": np.dtype("u1"),
 }
@@ -93,6 +99,9 @@ _METADATA: Mapping[str, int] = {
 }
 """What is said beside the columns, and in how many characters at most."""
 
+_TRAINING = "training"
+_TRAINING_CHARS = 4096
+
 _NAMED = "__metadata__"
 _PREFIX = struct.Struct("<Q")
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
@@ -104,6 +113,10 @@ _CLASS_MARKS, _PROMPT_MARKS = 64, 4
 _CHECKED_ENTRIES = 1 << 20
 _INT64 = range(1 << 63)
 _UNIT_TOLERANCE = 0.01
+_LARGEST_OFFSET = 1e6
+_PERCENT = 100.0
+_BRANCHES = ("text", "static", "fused")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _NATS_BELOW, _NATS_ABOVE = 1e-6, 1e-3
 
 Columns = Mapping[str, NDArray[Any]]
@@ -124,7 +137,7 @@ def parts(stored: StoredMemory, *, created: str, size: int = PART_BYTES) -> Iter
         IncompatibleMemory: features are of several sizes.
     """
     columns = _columns(stored)
-    pieces = chain([_header(stored, columns, created)], *(columns[name].pieces for name in _COLUMNS))
+    pieces = chain([_header(stored, columns, created)], *(column.pieces for column in columns.values()))
     return _regrouped(pieces, size)
 
 
@@ -191,7 +204,10 @@ class _Column:
 
 def _columns(stored: StoredMemory) -> dict[str, _Column]:
     dim = dim_of(stored) or 0
-    return _dynamic_columns(stored, dim) | _static_columns(stored, dim) | _barred_columns(stored)
+    found = _dynamic_columns(stored, dim) | _static_columns(stored, dim) | _barred_columns(stored)
+    if stored.offsets.training is not None:
+        found |= _offset_columns(stored, stored.offsets.training)
+    return {name: found[name] for name in _COLUMNS if name in found}
 
 
 def _dynamic_columns(stored: StoredMemory, dim: int) -> dict[str, _Column]:
@@ -233,12 +249,28 @@ def _barred_columns(stored: StoredMemory) -> dict[str, _Column]:
     }
 
 
+def _offset_columns(stored: StoredMemory, training: Training) -> dict[str, _Column]:
+    """Return the rows of the classes that have one."""
+    kept = [(at, stored.offsets.rows.get(spec.id)) for at, spec in enumerate(stored.record.config.classes)]
+    rows = [row for _, row in kept if row is not None]
+    width = OFFSETS * training.dim
+    if any(len(row) != width * _DTYPES["F32"].itemsize for row in rows):
+        raise IncompatibleMemory(f"Trained offsets are not of {width} entries a class.")
+    return {
+        "offsets.classes": _Column.of((at for at, row in kept if row is not None), "I32"),
+        "offsets.rows": _Column(shape=(len(rows), width), pieces=rows, nbytes=sum(map(len, rows))),
+    }
+
+
 def _header(stored: StoredMemory, columns: Mapping[str, _Column], created: str) -> bytes:
-    entries: dict[str, Any] = {_NAMED: _metadata(stored.record, created)}
+    said = _metadata(stored.record, created)
+    if stored.offsets.training is not None:
+        said[_TRAINING] = json.dumps(asdict(stored.offsets.training), sort_keys=True)
+    entries: dict[str, Any] = {_NAMED: said}
     start = 0
-    for name, (dtype, _) in _COLUMNS.items():
-        end = start + columns[name].nbytes
-        entries[name] = {"dtype": dtype, "shape": columns[name].shape, "data_offsets": (start, end)}
+    for name, column in columns.items():
+        end = start + column.nbytes
+        entries[name] = {"dtype": _COLUMNS[name][0], "shape": column.shape, "data_offsets": (start, end)}
         start = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _PREFIX.size)
@@ -297,8 +329,13 @@ def read(path: Path, *, settings: Settings) -> StoredMemory:
     config = record.config
     _check_sizes(columns, settings)
     slots = _slots(columns, config, *_most(record, settings))
-    shots = _shots(columns, config, settings)
-    return StoredMemory(record=record, slots=slots, shots=shots, barred=_barred(columns, config, slots, settings))
+    return StoredMemory(
+        record=record,
+        slots=slots,
+        shots=_shots(columns, config, settings),
+        barred=_barred(columns, config, slots, settings),
+        offsets=_offsets(columns, config, record.training),
+    )
 
 
 def _container(data: NDArray[np.uint8]) -> tuple[dict[str, str], Columns]:
@@ -312,9 +349,12 @@ def _container(data: NDArray[np.uint8]) -> tuple[dict[str, str], Columns]:
         )
     header = _json(data[_PREFIX.size : start].tobytes(), "header", _MARKS)
     metadata = _checked_metadata(header.pop(_NAMED, None))
-    _check_names(header, _COLUMNS, "tensor")
+    # All of what belongs to offsets, or nothing: then the file is that of a release without them.
+    trained = _TRAINING in metadata
+    wanted = [name for name in _COLUMNS if trained or name not in _OPTIONAL]
+    _check_names(header, wanted, "tensor")
     body = data[start:]
-    stretches = {name: _stretch(name, header[name]) for name in _COLUMNS}
+    stretches = {name: _stretch(name, header[name]) for name in wanted}
     _check_cover(stretches.values(), len(body))
     return metadata, {
         name: body[begin:end].view(_DTYPES[_COLUMNS[name][0]]).reshape(shape)
@@ -368,9 +408,10 @@ def _checked_metadata(found: Any) -> dict[str, str]:
             f"The file is of version {_shown(version)} of its format; this service reads version {VERSION!r}. Import "
             "it with the release that wrote it, or export it anew."
         )
-    _check_names(found, _METADATA, "metadata")
+    wanted = {**_METADATA, **({_TRAINING: _TRAINING_CHARS} if _TRAINING in found else {})}
+    _check_names(found, wanted, "metadata")
     for name, value in found.items():
-        _check_text(name, value, _METADATA[name])
+        _check_text(name, value, wanted[name])
     return found
 
 
@@ -433,7 +474,26 @@ def _record(metadata: Mapping[str, str], settings: Settings) -> TenantRecord:
         stamp=Stamp(epoch=_count("epoch", metadata), version=_count("memory_version", metadata)),
         labelling=metadata["labelling"],
         origin=_origin(metadata["origin"]),
+        training=_training(metadata[_TRAINING]) if _TRAINING in metadata else None,
     )
+
+
+def _training(text: str) -> Training:
+    """Return what a file says of its offsets, every number finite and in its range."""
+    found, hints = _json(text.encode(), "training", _TRAINING_CHARS), get_type_hints(Training)
+    if set(found) != set(hints):
+        raise InvalidRequest("The file's training lacks a field, or has one that is not known here.")
+    training = Training(**{name: _of_type(hints[name], name, value, "training") for name, value in found.items()})
+    branches = [training.before or {}, training.after or {}]
+    counts = (training.seed, training.epochs, training.shots, training.dim)
+    percents = [value for branch in branches for value in branch.values()]
+    if not _ID.fullmatch(training.id) or min(counts) < 0 or not 0 < training.dim <= _DIM or max(counts) not in _INT64:
+        raise InvalidRequest("The file's training has an id or a number that cannot be.")
+    if not all(name in _BRANCHES and 0 <= value <= _PERCENT for one in branches for name, value in one.items()):
+        raise InvalidRequest("The file's training has a held-out accuracy that is no percentage of a known branch.")
+    if not all(map(math.isfinite, (training.created, training.learning_rate, *percents))):
+        raise InvalidRequest("The file's training has a number that is not finite.")
+    return training
 
 
 def _check_time(text: str) -> None:
@@ -486,12 +546,12 @@ def _typed(values: Mapping[str, Any]) -> TenantConfig:
     return TenantConfig(**{name: _of_type(hints[name], name, value) for name, value in typed.items()})
 
 
-def _of_type(kind: Any, name: str, value: Any) -> Any:
+def _of_type(kind: Any, name: str, value: Any, what: str = "configuration") -> Any:
     try:
         return TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]["msg"]
-        raise InvalidRequest(f"The file's configuration is wrong at {name!r}: {fault}.") from error
+        raise InvalidRequest(f"The file's {what} is wrong at {name!r}: {fault}.") from error
 
 
 def _spec(found: Any) -> ClassSpec:
@@ -533,10 +593,12 @@ def _check_sizes(columns: Columns, settings: Settings) -> None:
     dims = {rows.shape[1] for rows in features if len(rows)}
     if len(dims) > 1 or 0 in dims:
         raise InvalidRequest(f"Features have {' and '.join(map(str, sorted(dims)))} entries; expected one size.")
-    total = sum(rows.nbytes for rows in features) + columns["static.images"].nbytes
+    offsets = columns["offsets.rows"].nbytes if "offsets.rows" in columns else 0
+    total = sum(rows.nbytes for rows in features) + columns["static.images"].nbytes + offsets
     if total > settings.tenant_max_bytes:
         raise LimitExceeded(
-            f"The file holds {total} bytes of features and images; a tenant may hold {settings.tenant_max_bytes}."
+            f"The file holds {total} bytes of features, images and offsets; a tenant may hold "
+            f"{settings.tenant_max_bytes}."
         )
 
 
@@ -545,7 +607,7 @@ def _most(record: TenantRecord, settings: Settings) -> tuple[int, float]:
 
     Slots that another label set scored wait to be scored anew, and until then stand as that one left them.
     """
-    current = record.labelling == record.config.labelling
+    current = record.labelling == record.due_labelling
     slots = record.config.slots if current else max(record.config.slots, settings.max_slots)
     classes = len(record.config.classes) if current else settings.max_classes
     return slots, math.log(max(1, classes)) + _NATS_ABOVE
@@ -653,6 +715,28 @@ def _barred(
             raise InvalidRequest(f"The class {spec.name!r} holds a slot whose id is barred.")
         found.update((spec.id, id_) for id_ in own)
     return frozenset(found)
+
+
+def _offsets(columns: Columns, config: TenantConfig, training: Training | None) -> StoredOffsets:
+    """Return the trained offsets, one row a class at most, each value finite and no longer than any training makes."""
+    if training is None:
+        return StoredOffsets()
+    rows, width = columns["offsets.rows"], OFFSETS * training.dim
+    if rows.shape[1] != width or len(rows) != len(columns["offsets.classes"]):
+        raise InvalidRequest(f"offsets.rows is not {width} numbers for each class of offsets.classes.")
+    dims = {columns[name].shape[1] for name in ("dynamic.features", "static.features") if len(columns[name])}
+    if dims - {training.dim}:
+        raise InvalidRequest("The offsets in the file are not of the size of its features.")
+    ends = _class_ends(columns, "offsets", config)
+    step = max(1, _CHECKED_ENTRIES // width)
+    if not all((np.abs(rows[at : at + step]) <= _LARGEST_OFFSET).all() for at in range(0, len(rows), step)):
+        raise InvalidRequest(f"An offset in the file is no finite number from -{_LARGEST_OFFSET} to {_LARGEST_OFFSET}.")
+    found = {}
+    for spec, begin, end in _stretches(config, ends):
+        if end - begin > 1:
+            raise InvalidRequest(f"The class {spec.name!r} has more than one row of offsets.")
+        found[spec.id] = rows[begin].tobytes()
+    return StoredOffsets(training=training, rows=found)
 
 
 def _class_ends(columns: Columns, what: str, config: TenantConfig) -> list[int]:

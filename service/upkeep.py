@@ -17,9 +17,10 @@ from torch import Tensor
 from core.classify import text_probabilities
 from core.codec import encode_feature
 from core.numerics import entropy
+from core.projection import project_text
 
 from . import logs
-from .archive import origin_of, stack_features
+from .archive import origin_of, projection_of, stack_features
 from .errors import Contended, Internal, QueueFull
 from .images import ImageFault
 from .jobs import Report
@@ -38,7 +39,7 @@ async def resume(rooms: Rooms, tenant: str) -> Job | None:
     record = await rooms.store.get(tenant)
     if record is None or record.fingerprint != rooms.encoder.fingerprint:
         return None
-    kind = "rescore" if record.labelling != record.config.labelling else "reencode"
+    kind = "rescore" if record.labelling != record.due_labelling else "reencode"
     if any(job.kind == kind and not job.over for job in await rooms.jobs.every(tenant)):
         return None
     # Of several who find nobody at it, one begins.
@@ -63,7 +64,7 @@ async def _rescore(rooms: Rooms, tenant: str, report: Report) -> Mapping[str, An
                 stored.record.fingerprint,
                 expected=stored.record.stamp,
                 exact=True,
-                labelling=config.labelling,
+                labelling=stored.record.due_labelling,
                 origin=origin_of(rooms.encoder),
                 slots={own: bank.best(config.slots) for own, bank in banks.items()},
                 barred=stored.barred,
@@ -78,18 +79,19 @@ async def _rescore(rooms: Rooms, tenant: str, report: Report) -> Mapping[str, An
 
 
 def _is_due(record: TenantRecord, rooms: Rooms) -> bool:
-    return record.fingerprint == rooms.encoder.fingerprint and record.labelling != record.config.labelling
+    return record.fingerprint == rooms.encoder.fingerprint and record.labelling != record.due_labelling
 
 
 async def _scored_anew(rooms: Rooms, stored: StoredMemory, report: Report) -> dict[str, StoredBank]:
     config = stored.record.config
     text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
+    head = await rooms.worker.run(lambda: project_text(text, projection_of(stored, text)))
     known = [slot for bank in stored.slots.values() for slot in bank]
     out: dict[str, dict[str, StoredSlot]] = {}
     for start in range(0, len(known), _ROWS):
         # Some at a time, so that images get their turn in between.
         part = known[start : start + _ROWS]
-        for label, slot in await rooms.worker.run(_scored, part, text, rooms.encoder.logit_scale):
+        for label, slot in await rooms.worker.run(_scored, part, head, rooms.encoder.logit_scale):
             own = config.classes[label].id
             scored = out.setdefault(own, {})
             rival = scored.get(slot.id, slot)
@@ -99,9 +101,9 @@ async def _scored_anew(rooms: Rooms, stored: StoredMemory, report: Report) -> di
     return {own: StoredBank.of(bank.values()) for own, bank in out.items()}
 
 
-def _scored(slots: Sequence[StoredSlot], text: Tensor, tau: float) -> list[tuple[int, StoredSlot]]:
+def _scored(slots: Sequence[StoredSlot], head: Tensor, tau: float) -> list[tuple[int, StoredSlot]]:
     """Return each slot with the label and entropy that its feature has, Eq. (4)."""
-    p = text_probabilities(stack_features(slots, text.shape[-1]).to(text), text, tau)
+    p = text_probabilities(stack_features(slots, head.shape[-1]).to(head), head, tau)
     labels, entropies = p.argmax(-1).tolist(), entropy(p).tolist()
     return [(label, replace(slot, entropy=nats)) for slot, label, nats in zip(slots, labels, entropies, strict=True)]
 

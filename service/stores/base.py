@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from hashlib import sha1
 from typing import Any, Protocol
@@ -101,6 +101,51 @@ class StoredShot:
         return len(self.feature) + (self.kept if self.image is None else len(self.image))
 
 
+OFFSETS = 5
+"""Trained vectors a class: those of query, key, value, output and text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """What is known of a tenant's trained offsets without reading them.
+
+    `created` is wall time in seconds, `dim` the feature size, `shots` how many were trained on. `before` and `after`
+    are accuracies on held-out shots in percent, by branch; None where none could be held out.
+    """
+
+    id: str
+    created: float
+    seed: int
+    epochs: int
+    learning_rate: float
+    shots: int
+    dim: int
+    before: Mapping[str, float] | None = None
+    after: Mapping[str, float] | None = None
+
+    def without(self, class_ids: Iterable[str]) -> Training:
+        """Return what is known once the rows of some classes are gone: other offsets have another id."""
+        gone = sorted(class_ids)
+        return (
+            replace(self, id=sha1(" ".join((self.id, *gone)).encode(), usedforsecurity=False).hexdigest()[:20])
+            if gone
+            else self
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredOffsets:
+    """Trained offsets: by class id b_q, b_k, b_v, b_o, b_t in one row of 5 D little-endian float32. Or none at all."""
+
+    training: Training | None = None
+    rows: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that count against the tenant's limit."""
+        return sum(map(len, self.rows.values()))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushCandidate:
     """A sample that the worker's copy would take: for the store to decide on."""
@@ -147,7 +192,8 @@ class TenantRecord:
     """A tenant's configuration, where its features come from, and its stamp.
 
     `origin` says in words what `fingerprint` is a hash of; `labelling` is the labelling version that the dynamic slots
-    were scored under; `created` is when the tenant was made, wall time in seconds.
+    were scored under; `created` is when the tenant was made, wall time in seconds. `training` is there where the tenant
+    has trained offsets.
     """
 
     name: str
@@ -157,19 +203,27 @@ class TenantRecord:
     labelling: str
     origin: Mapping[str, str] = field(default_factory=dict)
     created: float = field(default=0.0, compare=False)
+    training: Training | None = None
+
+    @property
+    def due_labelling(self) -> str:
+        """The labelling version that the slots should be scored under: offsets move the text head too, Eq. (2)."""
+        return labelling_of(self.config, self.training)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredMemory:
     """Everything of one tenant, read at one moment; slots and shots by class id, shots in the order of their ids.
 
-    `barred` are the class and slot ids that were purged and may not come back until their class is emptied.
+    `barred` are the class and slot ids that were purged and may not come back until their class is emptied; `offsets`
+    are those that `record.training` tells of.
     """
 
     record: TenantRecord
     slots: Mapping[str, StoredBank]
     shots: Mapping[str, tuple[StoredShot, ...]]
     barred: frozenset[tuple[str, str]] = frozenset()
+    offsets: StoredOffsets = field(default_factory=StoredOffsets)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,12 +335,14 @@ class MemoryStore(Protocol):
         slots: Mapping[str, StoredBank] | None = None,
         barred: Iterable[tuple[str, str]] = (),
         shots: Iterable[StoredShot] | None = None,
+        offsets: StoredOffsets | None = None,
     ) -> Stamp:
         """Create a tenant (`expected` None) or replace its configuration and what is given of its memories, at once.
 
-        What is not given stays, except slots and shots of classes that the configuration lacks, and what was made
-        with another fingerprint: slots go, and of the shots those stay, without a feature, whose image is kept. With
-        slots come the ids that are barred from their classes; one that has a slot is not.
+        What is not given stays, except slots, shots and offsets of classes that the configuration lacks (then as
+        `Training.without` says), and what was made with another fingerprint: slots and offsets go, and of the shots
+        those stay, without a feature, whose image is kept. With slots come the ids that are barred from their classes;
+        one that has a slot is not.
         Readers see everything before or everything after.
 
         Raises:
@@ -329,7 +385,10 @@ class MemoryStore(Protocol):
         """Remove shots by id and return how many there were; starts a new epoch if any."""
 
     async def reset(self, tenant: str, *, dynamic: bool, static: bool, class_ids: Sequence[str] | None) -> Stamp | None:
-        """Empty one or both memories, of some classes or of all, in a new epoch; None if there is no such tenant."""
+        """Empty one or both memories, of some classes or of all, in a new epoch; None if there is no such tenant.
+
+        Offsets go with the whole static memory.
+        """
 
     async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
         """Remove one dynamic slot, and bar its id until its class is emptied; return whether it was there."""
@@ -377,6 +436,13 @@ class MemoryStore(Protocol):
 
     async def aclose(self) -> None:
         """Let go of connections."""
+
+
+def labelling_of(config: TenantConfig, training: Training | None) -> str:
+    """Return the hash of whatever decides which label an image gets: classes, prompts, and trained offsets."""
+    if training is None:
+        return config.labelling
+    return sha1(f"{config.labelling} {training.id}".encode(), usedforsecurity=False).hexdigest()[:16]
 
 
 def digest_of(ids: Sequence[str], entropies: Sequence[float]) -> str:

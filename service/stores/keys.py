@@ -11,8 +11,8 @@ TENANTS = "dmn:tenants"
 class Keys:
     """The keys of one tenant.
 
-    A *bank* holds all dynamic slots, a *pile* all shots. Each has a number, that of the epoch that it was written for;
-    the configuration names the ones that are read.
+    A *bank* holds all dynamic slots, a *pile* all shots, a *frame* all trained offsets. Each has a number, that of the
+    epoch that it was written for; the configuration names the ones that are read.
     """
 
     __slots__ = ("_root",)
@@ -24,7 +24,8 @@ class Keys:
     def config(self) -> str:
         """Hash: what `TenantRecord` has, and `format`, `slots`, `bank`, `pile`, `settled`; see `lua/replace.lua`.
 
-        And `mark`, that of the present version, and `base`, that of the settled one.
+        And `mark`, that of the present version, and `base`, that of the settled one; `frame` and `training` where there
+        are trained offsets.
         """
         return f"{self._root}:cfg"
 
@@ -42,6 +43,11 @@ class Keys:
     def written(self) -> str:
         """Hash of the banks and piles that have keys: `b<number>` -> ids of its classes, `s<number>` -> nothing."""
         return f"{self._root}:written"
+
+    @property
+    def frames(self) -> str:
+        """Set of the numbers of frames that have a key."""
+        return f"{self._root}:frames"
 
     @property
     def answers(self) -> tuple[str, str, str, str]:
@@ -71,6 +77,10 @@ class Keys:
         """Hashes by shot id: class id and size of the image, feature bytes, image bytes."""
         root = f"{self._root}:s{pile}"
         return f"{root}:class", f"{root}:feature", f"{root}:image"
+
+    def offsets(self, frame: int) -> str:
+        """Hash of trained offsets: class id -> 5 D little-endian float32."""
+        return f"{self._root}:o{frame}"
 
     def slots(self, bank: int, class_id: str) -> tuple[str, str]:
         """Return a class's entropies (sorted set) and features (hash), by slot id.

@@ -22,6 +22,7 @@ from .base import (
     Stamp,
     StoredBank,
     StoredMemory,
+    StoredOffsets,
     StoredShot,
     StoredSlot,
     Synced,
@@ -46,6 +47,7 @@ class _Held:
     slots: dict[str, dict[str, StoredSlot]] = field(default_factory=dict)
     shots: dict[str, StoredShot] = field(default_factory=dict)
     barred: set[tuple[str, str]] = field(default_factory=set)
+    offsets: dict[str, bytes] = field(default_factory=dict)
     log: deque[tuple[int, Change]] = field(default_factory=lambda: deque(maxlen=LOG_LENGTH))
     settled: int = 0
     snapshots: dict[str, tuple[SnapshotInfo, tuple[bytes, ...]]] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class InProcessStore:
             slots={class_id: StoredBank.of(bank.values()) for class_id, bank in held.slots.items()},
             shots={class_id: tuple(own) for class_id, own in shots.items()},
             barred=frozenset(held.barred),
+            offsets=StoredOffsets(training=held.record.training, rows=dict(held.offsets)),
         )
 
     async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | StoreDown | None]:
@@ -104,6 +107,7 @@ class InProcessStore:
         slots: Mapping[str, StoredBank] | None = None,
         barred: Iterable[tuple[str, str]] = (),
         shots: Iterable[StoredShot] | None = None,
+        offsets: StoredOffsets | None = None,
     ) -> Stamp:
         held = self._tenants.get(tenant)
         if _moved_on(held, expected, exact=exact):
@@ -134,6 +138,11 @@ class InProcessStore:
         elif held is not None:
             old = (shot if same else replace(shot, feature=b"") for shot in held.shots.values() if same or shot.image)
             new.shots = {shot.id: shot for shot in old if shot.class_id in stay}
+        if offsets is None and held is not None and same:
+            offsets = _remaining(held, stay)
+        if offsets is not None:
+            new.record = replace(new.record, training=offsets.training)
+            new.offsets = {own: row for own, row in offsets.rows.items() if own in stay}
         if held is not None:
             new.snapshots, new.jobs = held.snapshots, held.jobs
         self._tenants[tenant] = new
@@ -189,6 +198,8 @@ class InProcessStore:
             held.barred = {(class_id, id_) for class_id, id_ in held.barred if class_id not in named}
         if static:
             held.shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id not in named}
+        if static and class_ids is None:
+            held.offsets, held.record = {}, replace(held.record, training=None)
         self._settle(held, self._new_epoch(tenant, held))
         return held.record.stamp
 
@@ -297,6 +308,13 @@ class InProcessStore:
             return Verdict(outcome=Outcome.REJECTED)
         changes.append(_write(held, Change(class_id=candidate.class_id, slot=slot, evicted=worst.id)))
         return Verdict(outcome=Outcome.REPLACED, evicted=worst.id)
+
+
+def _remaining(held: _Held, stay: set[str]) -> StoredOffsets:
+    """Return a tenant's offsets without those of classes that leave."""
+    leaves = {spec.id for spec in held.record.config.classes} - stay
+    training = held.record.training
+    return StoredOffsets(training=None if training is None else training.without(leaves), rows=held.offsets)
 
 
 def _moved_on(held: _Held | None, expected: Stamp | None, *, exact: bool) -> bool:

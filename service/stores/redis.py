@@ -25,6 +25,7 @@ from core.dynamic import Outcome
 from ..errors import Contended, FingerprintMismatch, StoreAway, StoreDown
 from ..tenants import TenantConfig
 from .base import (
+    OFFSETS,
     Change,
     Conflict,
     Job,
@@ -37,10 +38,12 @@ from .base import (
     Stamp,
     StoredBank,
     StoredMemory,
+    StoredOffsets,
     StoredShot,
     StoredSlot,
     Synced,
     TenantRecord,
+    Training,
     Verdict,
 )
 from .connection import check
@@ -53,6 +56,9 @@ Reply = Any
 
 FORMAT = 1
 """Format of what is stored. A store of another one is refused, and nothing in it is overwritten."""
+
+WITH_OFFSETS = 2
+"""That of a tenant that has trained offsets: a version of the service that does not know of them refuses it."""
 
 LOG_LENGTH = 2048
 """Slot changes that `lua/push.lua` keeps for workers that are behind."""
@@ -72,14 +78,15 @@ _TRIES = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Places:
-    """Numbers of the bank and of the pile that a tenant's memories are read from."""
+    """Numbers of the bank, the pile and the frame that a tenant's memories are read from; frame 0 stands for none."""
 
     bank: int
     pile: int
+    frame: int = 0
 
     @staticmethod
     def of(fields: Mapping[bytes, bytes]) -> _Places:
-        return _Places(bank=int(fields[b"bank"]), pile=int(fields[b"pile"]))
+        return _Places(bank=int(fields[b"bank"]), pile=int(fields[b"pile"]), frame=int(fields.get(b"frame", 0)))
 
 
 class RedisStore:
@@ -144,6 +151,7 @@ class RedisStore:
         slots: Mapping[str, StoredBank] | None = None,
         barred: Iterable[tuple[str, str]] = (),
         shots: Iterable[StoredShot] | None = None,
+        offsets: StoredOffsets | None = None,
     ) -> Stamp:
         keys = Keys(tenant)
         known = await self._do(self._client.hgetall(keys.config))
@@ -156,21 +164,28 @@ class RedisStore:
         present = _Places.of(known) if known else _Places(bank=epoch, pile=epoch)
         stay = {spec.id for spec in config.classes}
         leaves = [spec.id for spec in old.config.classes if spec.id not in stay] if old else []
-        if slots is None and (old is None or old.fingerprint != fingerprint):
-            slots = {}
+        if old is None or old.fingerprint != fingerprint:
+            slots, offsets = slots or {}, offsets or StoredOffsets()
         if slots is None:
             await self._note_bank(keys, present.bank, stay.union(leaves))
         else:
             await self._write_bank(keys, epoch, slots, barred, stay)
         if shots is not None or old is None:
             await self._write_pile(keys, epoch, [shot for shot in shots or () if shot.class_id in stay])
+        training = old.training.without(leaves) if old and old.training else None
+        if offsets is not None:
+            training = offsets.training
+        if offsets is not None and training is not None:
+            await self._write_frame(keys, epoch, {own: row for own, row in offsets.rows.items() if own in stay})
+        frame = present.frame if offsets is None else epoch
         read = _Places(
             bank=present.bank if slots is None else epoch,
             pile=epoch if shots is not None or old is None else present.pile,
+            frame=0 if training is None else frame,
         )
         at = ("", "") if expected is None else (expected.epoch, expected.version)
         about = (
-            FORMAT,
+            FORMAT if training is None else WITH_OFFSETS,
             tenant,
             config.to_json(),
             fingerprint,
@@ -179,13 +194,21 @@ class RedisStore:
             config.slots,
             repr(self._clock()),
         )
-        touched = (keys.config, keys.log, *keys.shots(present.pile), *keys.every_slot(present.bank, leaves))
-        args = (*at, int(exact), epoch, read.bank, read.pile, *about, config.slots, repr(self._clock()), *leaves)
+        touched = (
+            keys.config,
+            keys.log,
+            *keys.shots(present.pile),
+            keys.offsets(present.frame),
+            *keys.every_slot(present.bank, leaves),
+        )
+        trained = (read.frame, "" if training is None else json.dumps(asdict(training)))
+        args = (*at, int(exact), epoch, read.bank, read.pile, *about, *trained, *leaves)
         told = await self._run("replace.lua", touched, args)
         if told[0] < 0:
             # By the ids at hand: whoever was faster may have swept the list of them, while this was still writing.
             await self._remove_written(keys, f"b{epoch}", stay)
             await self._remove_written(keys, f"s{epoch}")
+            await self._remove_frame(keys, epoch)
             raise Conflict(tenant)
         await self._sweep(keys, epoch, read)
         return _stamp(epoch, *told)
@@ -195,7 +218,7 @@ class RedisStore:
         # Before the tenant goes: one of its name that is made meanwhile has a later one.
         epoch = int(await self._do(self._client.get(keys.epochs)) or 0)
         told = await self._run(
-            "delete.lua", (keys.config, keys.snapshots, keys.log, keys.jobs, *keys.answers), (FORMAT,)
+            "delete.lua", (keys.config, keys.snapshots, keys.log, keys.jobs, *keys.answers), (FORMAT, WITH_OFFSETS)
         )
         if told[0] < 0:
             raise _other_format(f"The tenant {tenant!r}")
@@ -367,6 +390,7 @@ class RedisStore:
                     slots[class_id] = _bank(*reply[at : at + 3])
                     barred |= {(class_id, id_) for id_ in reply[at + 3].decode().split()}
         shots = await self._shots(keys.shots(places.pile), images=images)
+        offsets = await self._offsets(keys.offsets(places.frame), record)
         # Slices are read one after the other: what changed meanwhile is in the log, and changing it again is harmless.
         synced = await self.sync(tenant, record.stamp)
         return StoredMemory(
@@ -374,7 +398,18 @@ class RedisStore:
             slots=_changed(slots, synced.changes),
             shots=shots,
             barred=frozenset(barred),
+            offsets=offsets,
         )
+
+    async def _offsets(self, frame: str, record: TenantRecord) -> StoredOffsets:
+        if record.training is None:
+            return StoredOffsets()
+        rows: dict[str, bytes] = {}
+        ids = [spec.id for spec in record.config.classes]
+        for part in _parts(ids, max(1, SLICE_BYTES // (4 * OFFSETS * record.training.dim))):
+            found = await self._do(self._client.hmget(frame, part))
+            rows |= {own: row for own, row in zip(part, found, strict=True) if row is not None}
+        return StoredOffsets(training=record.training, rows=rows)
 
     async def _shots(self, pile: tuple[str, str, str], *, images: bool) -> dict[str, tuple[StoredShot, ...]]:
         classes, features, pictures = pile
@@ -429,6 +464,11 @@ class RedisStore:
                     commands.append(("HSET", images, shot.id, shot.image))
             await self._together(commands)
 
+    async def _write_frame(self, keys: Keys, number: int, rows: Mapping[str, bytes]) -> None:
+        await self._do(self._client.sadd(keys.frames, number))
+        for part in _weighed(list(rows.items()), lambda row: len(row[1])):
+            await self._do(self._client.hset(keys.offsets(number), mapping=dict(part)))
+
     async def _note_bank(self, keys: Keys, number: int, classes: Collection[str]) -> None:
         await self._do(self._client.hset(keys.written, f"b{number}", " ".join(classes)))
 
@@ -442,11 +482,18 @@ class RedisStore:
         await self._do(pipeline.execute())
 
     async def _sweep(self, keys: Keys, before: int, read: _Places | None = None) -> None:
-        """Remove banks and piles that were written before an epoch, but for those that are read."""
+        """Remove banks, piles and frames that were written before an epoch, but for those that are read."""
         kept = () if read is None else (f"b{read.bank}", f"s{read.pile}")
         for name in [name.decode() for name in await self._do(self._client.hkeys(keys.written))]:
             if int(name[1:]) < before and name not in kept:
                 await self._remove_written(keys, name)
+        for number in map(int, await self._do(self._client.smembers(keys.frames))):
+            if number < before and (read is None or number != read.frame):
+                await self._remove_frame(keys, number)
+
+    async def _remove_frame(self, keys: Keys, number: int) -> None:
+        await self._do(self._client.unlink(keys.offsets(number)))
+        await self._do(self._client.srem(keys.frames, number))
 
     async def _remove_written(self, keys: Keys, name: str, classes: Collection[str] = ()) -> None:
         """Remove a bank or a pile that nothing reads from any more, a slice at a time."""
@@ -468,7 +515,8 @@ class RedisStore:
             record, places = _record(fields), _Places.of(fields)
             named = [spec.id for spec in record.config.classes] if slots_of is None else slots_of
             gone = keys.every_slot(places.bank, named) if slots else []
-            touched = (keys.config, keys.log, keys.epochs, *keys.shots(places.pile), *gone)
+            static = (*keys.shots(places.pile), keys.offsets(places.frame))
+            touched = (keys.config, keys.log, keys.epochs, *static, *gone)
             told = await self._run("remove.lua", touched, (record.stamp.epoch, *which))
             if told[0] >= 0:
                 return _stamp(told[0], told[1], told[3]), told[2]
@@ -479,12 +527,13 @@ class RedisStore:
         known = self._known.get((tenant, epoch))
         if known is not None:
             return known
-        now, bank, pile = await self._do(self._client.hmget(Keys(tenant).config, "epoch", "bank", "pile"))
+        fields = ("epoch", "bank", "pile", "frame")
+        now, bank, pile, frame = await self._do(self._client.hmget(Keys(tenant).config, *fields))
         if now is None or int(now) != epoch:
             raise ReloadNeeded(tenant)
         if len(self._known) > LOG_LENGTH:
             self._known.clear()
-        self._known[(tenant, epoch)] = places = _Places(bank=int(bank), pile=int(pile))
+        self._known[(tenant, epoch)] = places = _Places(bank=int(bank), pile=int(pile), frame=int(frame or 0))
         return places
 
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Reply:
@@ -514,7 +563,7 @@ class RedisStore:
 
 def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
     found = fields.get(b"format", b"(none)").decode(errors="replace")
-    if found != str(FORMAT):
+    if found not in (str(FORMAT), str(WITH_OFFSETS)):
         raise _other_format(f"The tenant {fields.get(b'name', b'').decode(errors='replace')!r}", found)
     return TenantRecord(
         name=fields[b"name"].decode(),
@@ -523,6 +572,7 @@ def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
         origin=json.loads(fields[b"origin"]),
         labelling=fields[b"labelling"].decode(),
         created=float(fields[b"created"]),
+        training=Training(**json.loads(fields[b"training"])) if b"training" in fields else None,
         stamp=_stamp(fields[b"epoch"], fields[b"version"], fields.get(b"mark")),
     )
 

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from service.app import open_rooms
 from service.errors import FingerprintMismatch
 from service.settings import Settings
-from service.stores.base import Job, JobState, SnapshotInfo, Stamp
+from service.stores.base import Job, JobState, SnapshotInfo, Stamp, StoredOffsets, Training
 from service.stores.connection import connect
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
@@ -76,6 +76,27 @@ async def test_a_tenant_of_another_format_is_refused_and_stays_as_it_is(shelf: S
     with pytest.raises(FingerprintMismatch, match="'default' is stored in format"):
         await CALLS[call](shelf.store)
     assert await shelf.contents() == before
+
+
+async def test_only_a_tenant_with_offsets_is_kept_from_versions_that_do_not_know_them(shelf: Shelf) -> None:
+    """What has none is written as it always was, and what was written so is read."""
+    key, row = "dmn:{other}:cfg", {CONFIG.classes[0].id: b"\x00" * 20}
+    training = Training(id="t", created=0.0, seed=0, epochs=1, learning_rate=1e-4, shots=2, dim=1)
+    stamp = await shelf.store.replace("other", CONFIG, "f", expected=None, labelling="", origin={})
+    bare = await shelf.client.hgetall(key)
+    assert bare[b"format"] == b"1"
+    assert not {b"frame", b"training"} & set(bare)
+    for offsets, format_ in ((StoredOffsets(training=training, rows=row), b"2"), (StoredOffsets(), b"1")):
+        stamp = await shelf.store.replace(
+            "other", CONFIG, "f", expected=stamp, labelling="", origin={}, offsets=offsets
+        )
+        assert await shelf.client.hget(key, "format") == format_
+        loaded = await shelf.store.load("other")
+        assert loaded is not None
+        assert loaded.offsets == offsets
+    assert set(await shelf.client.hgetall(key)) == set(bare)
+    assert await shelf.client.keys("dmn:{other}:o*") == []
+    assert await shelf.store.delete("other")
 
 
 @pytest.mark.parametrize("what", ["snaps", "jobs"])

@@ -1,12 +1,16 @@
--- Removes a tenant with all that it has, but for its counter of epochs; banks, piles and snapshots' parts are left to be
--- swept.
+-- Removes a tenant with all that it has, but for its counter of epochs; banks, piles, frames and snapshots' parts are left
+-- to be swept.
 --
 -- KEYS  1 configuration (hash), 2 snapshots (hash), then every other key of the tenant
--- ARGV  1 format that the caller knows
+-- ARGV  formats that the caller knows
 -- Gives {-1} if the tenant is of another format, and nothing was removed; else {1 if it was there, else 0, then the
 --       ids of its snapshots}.
 local format = redis.call('HGET', KEYS[1], 'format')
-if format and format ~= ARGV[1] then
+local known = not format
+for _, one in ipairs(ARGV) do
+  known = known or one == format
+end
+if not known then
   return {-1}
 end
 local out = {format and 1 or 0}

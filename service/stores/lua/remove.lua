@@ -1,10 +1,10 @@
 -- Removes what is named from a tenant's memories, in a new epoch.
 --
--- KEYS  1 configuration (hash), 2 log, 3 epochs (counter), 4 shots' classes, 5 shots' features, 6 shots' images, then
---       keys of the bank to remove
+-- KEYS  1 configuration (hash), 2 log, 3 epochs (counter), 4 shots' classes, 5 shots' features, 6 shots' images,
+--       7 offsets, then keys of the bank to remove
 -- ARGV  1 epoch that the caller has, 2 what to remove of the shots: 'ids', 'classes', 'all' or 'none', then the ids
 -- Gives {epoch, version, shots removed, mark}; {-1} if the epoch is over, and nothing was written.
--- Removing shots by id that are not there is no change, and starts no epoch.
+-- Removing shots by id that are not there is no change, and starts no epoch. With all shots the offsets go.
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return {-1}
 end
@@ -21,7 +21,8 @@ end
 local removed = 0
 if ARGV[2] == 'all' then
   removed = redis.call('HLEN', KEYS[4])
-  redis.call('UNLINK', KEYS[4], KEYS[5], KEYS[6])
+  redis.call('UNLINK', KEYS[4], KEYS[5], KEYS[6], KEYS[7])
+  redis.call('HDEL', KEYS[1], 'frame', 'training')
 elseif ARGV[2] == 'ids' then
   for at = 3, #ARGV do
     removed = removed + drop(ARGV[at])
@@ -42,7 +43,7 @@ elseif ARGV[2] == 'classes' then
     end
   end
 end
-for at = 7, #KEYS do
+for at = 8, #KEYS do
   redis.call('UNLINK', KEYS[at])
 end
 -- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.

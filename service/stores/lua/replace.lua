@@ -1,14 +1,15 @@
--- Creates a tenant, or replaces its configuration and, with it, the bank and the pile that are read.
+-- Creates a tenant, or replaces its configuration and, with it, the bank, pile and frame that are read.
 --
 -- KEYS  1 configuration (hash), 2 log, the present pile: 3 shots' classes (hash, shot id -> class id and size of the
---       image), 4 features, 5 images; then keys of the present bank that leave
+--       image), 4 features, 5 images; 6 the present offsets (hash by class id); then keys of the present bank that leave
 -- ARGV  1 and 2 epoch and version that the caller has seen ('' if there must be no tenant), 3 whether slots that were
 --       written since matter (1 or 0), 4 new epoch, 5 bank and 6 pile that are to be read, 7 format,
 --       8 name, 9 configuration (JSON), 10 fingerprint, 11 origin (JSON), 12 labelling version of the slots, 13 slots a
---       class, 14 now (wall time in seconds), then ids of classes that leave
+--       class, 14 now (wall time in seconds), 15 frame that is to be read (0 for none), 16 what is known of its training
+--       (JSON), then ids of classes that leave
 -- Gives {new version, mark}, or {-1} if the tenant has changed since; then nothing was written.
 -- A pile that is kept under another fingerprint keeps the shots that have an image, without their features.
-local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled')
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled', 'frame')
 if (known[1] or '') ~= ARGV[1] then
   return {-1}
 end
@@ -34,17 +35,22 @@ end
 
 if known[5] == ARGV[6] then
   local leaves = {}
-  for at = 15, #ARGV do
+  for at = 17, #ARGV do
     leaves[ARGV[at]] = true
   end
   local blank = known[3] ~= ARGV[10]
-  if blank or #ARGV > 14 then
+  if blank or #ARGV > 16 then
     thin(leaves, blank)
   end
 end
 if known[4] == ARGV[5] then
-  for at = 6, #KEYS do
+  for at = 7, #KEYS do
     redis.call('UNLINK', KEYS[at])
+  end
+end
+if known[7] == ARGV[15] then
+  for at = 17, #ARGV do
+    redis.call('HDEL', KEYS[6], ARGV[at])
   end
 end
 -- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
@@ -56,5 +62,10 @@ redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5], 'pile', ARGV[6], 
   'format', ARGV[7], 'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11],
   'labelling', ARGV[12], 'slots', ARGV[13])
 redis.call('HSETNX', KEYS[1], 'created', ARGV[14])
+if ARGV[15] == '0' then
+  redis.call('HDEL', KEYS[1], 'frame', 'training')
+else
+  redis.call('HSET', KEYS[1], 'frame', ARGV[15], 'training', ARGV[16])
+end
 redis.call('DEL', KEYS[2])
 return {tonumber(version), mark}

@@ -163,7 +163,7 @@ async def test_a_memory_is_as_the_store_has_it(cellar: Cellar) -> None:
     assert slots_of(hot.snapshot.dynamic) == [{"1": 0.5, "3": 0.125}, {"2": 0.25}]
     assert hot.snapshot.dynamic.slots == 3
     assert [bank.ids for bank in hot.snapshot.static.classes] == [(), ("s",)]
-    assert (hot.shot_bytes, hot.filled, hot.barred) == (2 * DIM + 4, 3, frozenset())
+    assert (hot.static_bytes, hot.filled, hot.barred) == (2 * DIM + 4, 3, frozenset())
     assert hot.snapshot.tau == cellar.encoder.logit_scale
     record = await cellar.store.get("zoo")
     assert (hot.record, hot.stamp) == (record, record.stamp if record else None)

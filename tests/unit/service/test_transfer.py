@@ -504,7 +504,7 @@ def test_metadata_that_do_not_fit_are_refused(said: Mapping[str, Any], words: st
 OVER = {
     "bytes": (
         Settings(tenant_max_bytes=7 * DIM * 2 + 13),
-        "holds 70 bytes of features and images; a tenant may",
+        "holds 70 bytes of features, images and offsets; a tenant may",
     ),
     "shots": (Settings(max_shots=1), "'cat' has 2 shots in the file; at most 1 are allowed"),
     "classes": (Settings(max_classes=2), "3 classes were given; at most 2"),
