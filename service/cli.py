@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -140,6 +141,10 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Pictures of none of the classes, to be mixed in.")
     ] = None,
     views: Annotated[int, typer.Option(min=1, help="Views an image.")] = 1,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE.md", help="Write a report, with curves as PNG files beside it."),
+    ] = None,
     encoder: EncoderOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,  # noqa: FBT002
@@ -162,20 +167,24 @@ def evaluate(
         views=views,
         unknown=() if unknown is None else pictures_under(unknown),
     )
+    if report_file is not None:
+        report.check_place(report_file)
     settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
     if paper is None:
-        told, _ = asyncio.run(offline.evaluate_folders(settings, directories or [], plan, err))
-        table = report.report_table(told)
+        told, courses = asyncio.run(offline.evaluate_folders(settings, directories or [], plan, err))
+        sheet = report.report_sheet(told)
     else:
         names = [name for name in datasets.split(",") if name.strip()]
-        told, _ = asyncio.run(offline.evaluate_paper(settings, paper, names, plan, err))
-        table = report.paper_table(told)
+        told, courses = asyncio.run(offline.evaluate_paper(settings, paper, names, plan, err))
+        sheet = report.paper_sheet(told)
         if told["missing"]:
             err.print(report.absence(paper, told["missing"]), highlight=False, markup=False, soft_wrap=True)
+    if report_file is not None:
+        report.write(report_file, shlex.join(["dmn", *sys.argv[1:]]), settings.encoder, plan, sheet, courses)
     if as_json:
         _print_json(told)
     else:
-        out.print(table)
+        out.print(sheet.table())
 
 
 @app.command()
@@ -209,7 +218,7 @@ def replay(
     if as_json:
         _print_json(told)
     else:
-        out.print(report.report_table(told))
+        out.print(report.report_sheet(told).table())
 
 
 @memory.command("export")

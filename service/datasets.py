@@ -88,7 +88,7 @@ def class_folders(directories: Sequence[Path]) -> DataSet:
         for path in folders[name]
     )
     return DataSet(
-        name=", ".join(str(directory) for directory in directories),
+        name=", ".join(directory.resolve().name for directory in directories),
         classes=tuple(ClassSpec(name=name) for name in names),
         test=tuple(pictures),
     )

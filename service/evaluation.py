@@ -114,7 +114,7 @@ async def evaluate(rooms: Rooms, data: DataSet, plan: Plan, announce: Announce) 
         },
         "failed": {path: why for walk in walks for path, why in walk.failed.items()},
         # Of the first order: later ones recall what it encoded.
-        "images_per_second": round(courses[0].n / courses[0].seconds, 1),
+        "images_per_second": round((courses[0].n + len(walks[0].unknown)) / courses[0].seconds, 1),
     }
     if plan.kind is not None:
         accuracies = [course.figures()["accuracy"] for course in courses]

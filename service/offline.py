@@ -77,8 +77,8 @@ async def classify_files(
 
 async def evaluate_folders(
     settings: Settings, directories: Sequence[Path], plan: Plan, console: Console
-) -> tuple[dict[str, Any], list[Course]]:
-    """Return the figures of folders of class folders, streamed together, and the courses behind them.
+) -> tuple[dict[str, Any], dict[str, list[Course]]]:
+    """Return the figures of folders of class folders, streamed together, and the courses behind them by their name.
 
     Raises:
         InvalidRequest: there are no class folders with images, or a class has no more files than shots.
@@ -86,7 +86,8 @@ async def evaluate_folders(
     data = class_folders(directories)
     with _progress(console) as progress:
         encoder = _loaded(settings, progress)
-        return await _evaluated(settings, encoder, data, plan, progress)
+        told, courses = await _evaluated(settings, encoder, data, plan, progress)
+    return told, {data.name: courses}
 
 
 async def evaluate_paper(

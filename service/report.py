@@ -1,45 +1,75 @@
-"""Figures for people: tables of a terminal."""
+"""Figures for people: tables of a terminal, and a report as Markdown with curves beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from . import curves
+from .courses import ADAPTED, FROZEN, Course
+from .errors import InvalidRequest
+from .evaluation import Plan
+
 _MEASURES = {"accuracy": "accuracy %", "macro_accuracy": "mean over classes %", "ece": "calibration error %"}
 _NAMES = {"text": "text (the frozen head)"}
 
 
-def report_table(report: Mapping[str, Any]) -> Table:
-    """Return the figures of an evaluation or a replay: a row a branch, and what else there is to say below."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sheet:
+    """A table of words, and what else there is to say below it."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    remarks: Sequence[str]
+
+    def table(self) -> Table:
+        """Return the sheet for a terminal."""
+        told = Table(*self.columns, title=self.title, title_justify="left", caption=escape("\n".join(self.remarks)))
+        for row in self.rows:
+            told.add_row(*map(escape, row))
+        return told
+
+    def markdown(self) -> str:
+        """Return the sheet as Markdown."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+        return "\n\n".join([_cell(self.title), table, *map(_cell, self.remarks)])
+
+
+def report_sheet(report: Mapping[str, Any]) -> Sheet:
+    """Return the figures of an evaluation or a replay: a row a branch."""
     title = f"{report['n']} images, {report['classes']} classes"
     columns = {header: report[name] for name, header in _MEASURES.items()}
     if "orders" in report:
         title += f", {report['orders']} orders ({report['stream']})"
         columns["worst %"] = report["worst"]["accuracy"]
         columns[f"first {report['first']['images']} %"] = report["first"]["accuracy"]
-    table = Table("branch", *columns, title=title, title_justify="left")
-    for branch in report["accuracy"]:
-        table.add_row(_NAMES.get(branch, branch), *(_figure(column[branch]) for column in columns.values()))
-    table.caption = "\n".join(_remarks(report))
-    return table
+    rows = [
+        [_NAMES.get(branch, branch), *(_figure(column[branch]) for column in columns.values())]
+        for branch in report["accuracy"]
+    ]
+    return Sheet(title=title, columns=["branch", *columns], rows=rows, remarks=_remarks(report))
 
 
-def paper_table(report: Mapping[str, Any]) -> Table:
+def paper_sheet(report: Mapping[str, Any]) -> Sheet:
     """Return the accuracies of several data sets: a row each, and their average."""
-    rows = report["data_sets"]
-    branches = list(report["average"]["accuracy"])
-    table = Table(
-        "data set", "images", "classes", *(f"{branch} %" for branch in branches), "gain", title_justify="left"
+    average = report["average"]["accuracy"]
+    rows = [
+        [name, str(told["n"]), str(told["classes"]), *_accuracies(told["accuracy"])]
+        for name, told in report["data_sets"].items()
+    ]
+    return Sheet(
+        title=f"{len(rows)} data sets",
+        columns=["data set", "images", "classes", *(f"{branch} %" for branch in average), "gain"],
+        rows=[*rows, ["average", "", "", *_accuracies(average)]],
+        remarks=(),
     )
-    for name, told in rows.items():
-        table.add_row(name, str(told["n"]), str(told["classes"]), *_accuracies(told["accuracy"]))
-    table.add_section()
-    table.add_row("average", "", "", *_accuracies(report["average"]["accuracy"]))
-    return table
 
 
 def absence(root: Path, missing: Mapping[str, str]) -> str:
@@ -47,9 +77,49 @@ def absence(root: Path, missing: Mapping[str, str]) -> str:
     return f"Not found under {root}: {', '.join(f'{name} ({path})' for name, path in missing.items())}."
 
 
+def check_place(file: Path) -> None:
+    """Return if a report can be written there: asked before hours are spent on what to write.
+
+    Raises:
+        InvalidRequest: it cannot, or its curves cannot be drawn.
+    """
+    if file.suffix.lower() != ".md":
+        raise InvalidRequest(f"A report is a Markdown file with curves beside it; name it with .md at its end: {file}")
+    if not file.parent.is_dir():
+        raise InvalidRequest(f"The report {file} has no place: there is no folder {file.parent}.")
+    curves.check_library()
+
+
+def write(
+    file: Path, command: str, encoder: str, plan: Plan, sheet: Sheet, courses: Mapping[str, Sequence[Course]]
+) -> None:
+    """Write a report: how it was made, the figures, and for each data set a curve in a PNG beside it."""
+    pictures = {name: file.with_name(f"{file.stem}-{n}.png") for n, name in enumerate(courses, 1)}
+    for name, picture in pictures.items():
+        curves.draw(picture, name, courses[name])
+    settings = Sheet(
+        title="How it was measured:", columns=["setting", "value"], rows=_settings(encoder, plan), remarks=()
+    )
+    shown = [f"![Accuracy over the stream: {_cell(name)}](<{picture.name}>)" for name, picture in pictures.items()]
+    parts = ["# Evaluation", f"    {command}", settings.markdown(), sheet.markdown(), *shown]
+    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _settings(encoder: str, plan: Plan) -> list[tuple[str, str]]:
+    return [
+        ("encoder", encoder),
+        ("shots a class", str(plan.shots)),
+        ("orders", str(len(plan.seeds))),
+        ("seeds", f"{plan.seeds[0]} to {plan.seeds[-1]}"),
+        ("stream", plan.kind or "iid"),
+        ("views an image", str(plan.views)),
+        ("images of no class", str(len(plan.unknown))),
+    ]
+
+
 def _accuracies(accuracy: Mapping[str, float | None]) -> list[str]:
     """Return every branch's accuracy, and the points that the fused answer has over the frozen head's."""
-    text, fused = accuracy["text"], accuracy["fused"]
+    text, fused = accuracy[FROZEN], accuracy[ADAPTED]
     gain = "-" if text is None or fused is None else f"{fused - text:+.2f}"
     return [*map(_figure, accuracy.values()), gain]
 
@@ -65,13 +135,13 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
     if "gain" in report:
         told.append(_gain(report["gain"]))
     if report.get("failed"):
-        first = escape(", ".join(list(report["failed"])[:3]))
+        first = ", ".join(list(report["failed"])[:3])
         told.append(f"{len(report['failed'])} files could not be read: {first} …")
     return told
 
 
 def _unknown(unknown: Mapping[str, Any]) -> str:
-    now, before = (_figure(unknown[name]["fused"]) for name in ("accuracy", "accuracy_without"))
+    now, before = (_figure(unknown[name][ADAPTED]) for name in ("accuracy", "accuracy_without"))
     return (
         f"{unknown['images']} images of no class: AUROC {unknown['auroc']:.2f} %, {unknown['fpr95']:.2f} % of them "
         f"pass where 95 % of the known do; fused on the known {now}, without them {before}"
@@ -87,3 +157,8 @@ def _gain(gain: Mapping[str, float | None]) -> str:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _cell(text: str) -> str:
+    """Return a text that Markdown shows as it is, in a table or a caption."""
+    return "".join(f"\\{char}" if char in "|[]<>*_`\\" else char for char in " ".join(text.split()))

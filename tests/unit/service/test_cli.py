@@ -694,6 +694,21 @@ def test_evaluate_wants_either_folders_or_the_papers_root(run: Run, tmp_path: Pa
     assert "cifar" in refused(run("evaluate", "--paper", tmp_path, "--datasets", "cifar", "--json"))
 
 
+def test_evaluate_writes_a_report(run: Run, tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", red=["red"] * 3, green=["green"] * 3)
+    ran = run("evaluate", root, "--orders", 2, "--report", tmp_path / "out.md")
+    assert ran.status == 0
+    told = (tmp_path / "out.md").read_text()
+    assert f"    dmn evaluate {root} --orders 2 --report" in told
+    assert "6 images, 2 classes, 2 orders (iid)" in told
+    assert (tmp_path / "out-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluate_refuses_a_report_without_a_place_at_once(run: Run, tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", red=["red"])
+    assert "nowhere" in refused(run("evaluate", root, "--report", tmp_path / "nowhere" / "out.md"))
+
+
 def test_a_broken_split_file_ends_with_2(run: Run, tmp_path: Path) -> None:
     (tmp_path / "dtd" / "images").mkdir(parents=True)
     (tmp_path / "dtd" / "split_zhou_DescribableTextures.json").write_bytes(b"\xff")

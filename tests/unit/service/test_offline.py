@@ -23,7 +23,7 @@ from service.desk import Learned, Reading
 from service.errors import InvalidRequest
 from service.evaluation import Plan, Recalling
 from service.offline import Answer
-from service.report import report_table
+from service.report import report_sheet
 from service.settings import Settings
 from service.stores.base import Stamp
 from tests.fakes import FakeEncoder, picture
@@ -149,7 +149,7 @@ def test_figures_that_are_not_there_are_dashes() -> None:
         "images_per_second": None,
     }
     console = Console(file=(file := io.StringIO()), width=200)
-    console.print(report_table(report))
+    console.print(report_sheet(report).table())
     assert "12.35" in file.getvalue()
     assert "memory: untouched" in file.getvalue()
 
@@ -167,7 +167,7 @@ def test_a_report_shows_brackets_in_paths_as_they_are() -> None:
         "failed": {"data/[/red]/a.png": "why"},
     }
     console = Console(file=(file := io.StringIO()), width=200)
-    console.print(report_table(report))
+    console.print(report_sheet(report).table())
     assert "data/[/red]/a.png" in file.getvalue()
 
 
@@ -202,7 +202,8 @@ def test_an_encoder_that_recalls_answers_as_it_did(encoder: FakeEncoder) -> None
 
 def right_answers(*roots: Path, plan: Plan) -> list[bool]:
     """Return which answers of the text head are right, in the order of the stream."""
-    _, (course,) = asyncio.run(offline.evaluate_folders(Settings(store="memory"), roots, plan, quiet()))
+    _, courses = asyncio.run(offline.evaluate_folders(Settings(store="memory"), roots, plan, quiet()))
+    ((course,),) = courses.values()
     right = course.right("text")
     assert right is not None
     return right.tolist()
@@ -266,6 +267,6 @@ def test_what_several_orders_say_is_shown_to_people(tmp_path: Path) -> None:
     (tmp_path / "stranger.png").write_bytes(picture("white", 500))
     plan = Plan(seeds=range(2), kind="runs", unknown=[tmp_path / "stranger.png"])
     console = Console(file=(file := io.StringIO()), width=200)
-    console.print(report_table(evaluate(root, plan=plan)))
+    console.print(report_sheet(evaluate(root, plan=plan)).table())
     for word in ("2 orders (runs)", "gain of fused over text", "1 images of no class", "AUROC"):
         assert word in file.getvalue()

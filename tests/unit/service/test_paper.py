@@ -18,7 +18,7 @@ from service import offline
 from service.errors import InvalidRequest
 from service.evaluation import Plan
 from service.paper import PAPER, Known, chosen
-from service.report import paper_table
+from service.report import paper_sheet
 from service.settings import Settings
 from tests.fakes import FakeEncoder, picture
 
@@ -214,7 +214,7 @@ def test_the_table_has_a_row_a_data_set_and_their_average(tmp_path: Path) -> Non
     assert told["data_sets"]["DTD"]["accuracy"]["text"] == pytest.approx(100 * 6 / 9, abs=1e-3)
     assert told["average"]["accuracy"]["text"] == pytest.approx(50 * (1 + 6 / 9), abs=1e-3)
     console = Console(file=(file := io.StringIO()), width=200)
-    console.print(paper_table(told))
+    console.print(paper_sheet(told).table())
     for word in ("DTD", "ImageNet-R", "average", "66.67", "100.00", "83.33", "gain"):
         assert word in file.getvalue()
 
