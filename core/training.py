@@ -7,7 +7,7 @@ out to tell how many passes are best. Nothing here sees the dynamic memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -133,7 +133,7 @@ def course(snapshot: Snapshot, recipe: Recipe, queries: Queries | None = None) -
     Raises:
         UnfitShots: as `check` says.
     """
-    check(snapshot.static)
+    check([len(shots) for shots in snapshot.static.classes])
     rows = torch.arange(sum(map(len, snapshot.static.classes)))
     out = _held_out(snapshot.static, torch.Generator().manual_seed(recipe.seed))
     found = Trained(projection=None, epochs=recipe.epochs)
@@ -154,14 +154,13 @@ def course(snapshot: Snapshot, recipe: Recipe, queries: Queries | None = None) -
     return replace(found, projection=run.offsets() if found.epochs else None, losses=tuple(run.losses))
 
 
-def check(static: StaticMemory) -> None:
-    """Return if a label set can be trained on its shots.
+def check(counts: Sequence[int]) -> None:
+    """Return if a label set whose classes have so many shots can be trained on them.
 
     Raises:
         UnfitShots: fewer than two classes, a class without a shot (it would be taught that nothing is ever one), or
             one with more than `MOST_UNEQUAL` times the shots of another.
     """
-    counts = [len(shots) for shots in static.classes]
     if sum(count > 0 for count in counts) < _PAIR:
         raise UnfitShots(
             "Training needs shots of two classes at least, to tell them apart; upload some for each class."

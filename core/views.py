@@ -86,6 +86,20 @@ def augmented(image: Image.Image, count: int, how: Preprocess, *, seed: int) -> 
     return torch.from_numpy(np.stack([_planes(_augmix(_crop(source, how.size, rng), rng)) for _ in range(count)]))
 
 
+def crops(image: Image.Image, count: int, how: Preprocess, *, seed: int) -> UInt8[Tensor, "v 3 s s"]:
+    """Return what a picture is trained with, Eq. (16): random-resized-crops with a flip (v = count, s = how.size).
+
+    The draws come one after the other from `numpy.random.default_rng(seed)`, as those of `augmented`.
+
+    Raises:
+        InvalidImage: the picture is not RGB, or has no pixels.
+    """
+    _check(image)
+    rng, source = np.random.default_rng(seed), _reduced(image, how.size)
+    cut = [_planes(_crop(source, how.size, rng)) for _ in range(count)]
+    return torch.from_numpy(np.stack(cut)) if cut else torch.empty((0, 3, how.size, how.size), dtype=torch.uint8)
+
+
 def joined(first: UInt8[Tensor, "3 s s"], others: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "v 3 s s"]:
     """Return view 1 and after it the others (v = 1 + n)."""
     # By numpy: torch's own copy would start a team of threads in each of the threads that decode.

@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from core.codec import FEATURE_BYTES, encode_feature
+from core.codec import encode_feature
 
 from . import logs, snapshots, upkeep
-from .archive import check_fingerprint, origin_of, static_bytes
+from .archive import check_fingerprint, held_bytes, origin_of
 from .classify import Fault, check_count, count_faults, each
 from .errors import Contended, LimitExceeded, UnknownClass, UnknownJob, UnknownShot, UnknownSlot, UnknownTenant
 from .images import ImageFault
@@ -372,11 +372,6 @@ def _check_limits(rooms: Rooms, stored: StoredMemory, shots: Sequence[StoredShot
         raise LimitExceeded(
             f"The tenant would hold {total} bytes; at most {rooms.settings.tenant_max_bytes} are allowed."
         )
-
-
-def held_bytes(stored: StoredMemory, dim: int) -> int:
-    """Return the bytes of features, kept images and trained offsets that count against a tenant's limit."""
-    return sum(len(bank) for bank in stored.slots.values()) * dim * FEATURE_BYTES + static_bytes(stored)
 
 
 def _must(config: TenantConfig | None, tenant: str) -> TenantConfig:

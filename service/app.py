@@ -166,6 +166,7 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         jobs=Jobs(store, metrics, time.time),
         carrier=asyncio.Lock(),
         dock=asyncio.Lock(),
+        tutor=asyncio.Lock(),
         metrics=metrics,
         clock=clock,
         wall=time.time,

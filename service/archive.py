@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from core.bank import Slots
-from core.codec import decode_features
+from core.codec import FEATURE_BYTES, decode_features
 from core.dynamic import DynamicMemory
 from core.encoder import Encoder
 from core.errors import IncompatibleMemory
@@ -289,7 +289,7 @@ class Archive:
             raise NoClasses(f"The tenant {tenant!r} has no classes yet.")
         loaded_at = self._clock()
         text = await self._texts.class_weights([config.prompts(spec) for spec in config.classes])
-        shelves = await self._worker.run(lambda: Shelves(_snapshot(stored, text, self._encoder.logit_scale)))
+        shelves = await self._worker.run(lambda: Shelves(snapshot_of(stored, text, self._encoder.logit_scale)))
         logs.event(logs.MEMORY_LOADED, tenant=tenant, classes=len(config.classes))
         hot = HotMemory(
             record=stored.record,
@@ -363,6 +363,11 @@ def static_bytes(stored: StoredMemory) -> int:
     return stored.offsets.nbytes + sum(shot.nbytes for own in stored.shots.values() for shot in own)
 
 
+def held_bytes(stored: StoredMemory, dim: int) -> int:
+    """Return the bytes of features, kept images and trained offsets that count against a tenant's limit."""
+    return sum(len(bank) for bank in stored.slots.values()) * dim * FEATURE_BYTES + static_bytes(stored)
+
+
 def encode_offsets(projection: Projection, class_ids: Sequence[str]) -> dict[str, bytes]:
     """Return trained offsets as a store keeps them: by class id, five vectors of little-endian float32 in one row."""
     parts = [getattr(projection, field.name) for field in fields(Projection)]
@@ -392,7 +397,8 @@ def projection_of(stored: StoredMemory, like: Tensor) -> Projection | None:
     return Projection(**{field.name: part.clone() for field, part in zip(fields(Projection), parts, strict=True)})
 
 
-def _snapshot(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
+def snapshot_of(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
+    """Return a stored memory as core reads it, for class weights and the encoder's logit scale."""
     config, dim = stored.record.config, text.shape[-1]
     banks = [stored.slots.get(spec.id, StoredBank()) for spec in config.classes]
     shots = [[shot for shot in stored.shots.get(spec.id, ()) if shot.feature] for spec in config.classes]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from torch import Tensor
+
 from core.encoder import Preprocess
 
-from .images import Developed, ImageLimits, develop
+from .images import Developed, ImageLimits, cut, develop
 
 
 class Darkroom:
@@ -26,6 +28,17 @@ class Darkroom:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._pool, lambda: develop(data, views=views, how=self._how, limits=self._limits)
+        )
+
+    async def cut(self, data: bytes, *, count: int, seed: int) -> Tensor:
+        """Return random crops of an image, (count, 3, s, s), the same for the same seed.
+
+        Raises:
+            ImageFault: this image cannot be used; says why.
+        """
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._pool, lambda: cut(data, count=count, seed=seed, how=self._how, limits=self._limits)
         )
 
     def close(self) -> None:

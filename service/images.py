@@ -35,7 +35,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from core.encoder import Preprocess
-from core.views import augmented, digest, joined, plain, seed_of
+from core.views import augmented, crops, digest, joined, plain, seed_of
 
 MAX_SIDE = 65_535
 """Longest side in pixels, JPEG's own limit: every row costs memory beside its pixels."""
@@ -122,6 +122,15 @@ def develop(data: bytes, *, views: int, how: Preprocess, limits: ImageLimits) ->
     first = plain(image, how)
     others = augmented(image, views - 1, how, seed=seed_of(first))
     return Developed(pixels=joined(first, others), digest=digest(first))
+
+
+def cut(data: bytes, *, count: int, seed: int, how: Preprocess, limits: ImageLimits) -> UInt8[Tensor, "v 3 s s"]:
+    """Return `count` random crops of an encoded image, those of a seed (v = count, s = how.size).
+
+    Raises:
+        UnsupportedMediaType, ImageUnreadable, ImageTooLarge: as for `develop`.
+    """
+    return crops(decode(data, limits), count, how, seed=seed)
 
 
 def decode(data: bytes, limits: ImageLimits) -> Image.Image:

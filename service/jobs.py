@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 from uuid import uuid4
 
 from . import logs
@@ -21,8 +22,13 @@ HEARTBEAT_S = 2.0
 LOST_S = 30.0
 """A job that nobody has written down for so long has lost its process."""
 
-Report = Callable[[float], None]
-"""Told by the work how far it is, from 0 to 1."""
+
+class Report(Protocol):
+    """Told by the work how far it is, from 0 to 1, and what it can say of its result by then."""
+
+    def __call__(self, progress: float, result: Mapping[str, Any] | None = None) -> None:
+        """Note it."""
+
 
 Work = Callable[[Report], Awaitable[Mapping[str, Any]]]
 """Does the work and returns its result."""
@@ -35,20 +41,22 @@ class Jobs:
         self._store, self._metrics, self._wall = store, metrics, wall
         self._own: dict[str, Job] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._began: dict[str, float] = {}
         self._leaving = False
 
-    async def start(self, tenant: str, kind: str, work: Work) -> Job:
-        """Start work in the background and return its job.
+    async def start(self, tenant: str, kind: str, work: Work, *, turn: asyncio.Lock | None = None) -> Job:
+        """Start work in the background and return its job; with `turn`, queue it until that is free.
 
         Raises:
             UnknownTenant, StoreDown: it could not be written down; nothing was started.
         """
         now = self._wall()
-        job = Job(id=uuid4().hex, kind=kind, state=JobState.RUNNING, created=now, updated=now)
+        state = JobState.RUNNING if turn is None else JobState.QUEUED
+        job = Job(id=uuid4().hex, kind=kind, state=state, created=now, updated=now)
         if not await self._store.note_job(tenant, job):
             raise UnknownTenant(f"There is no tenant {tenant!r}.")
         self._own[job.id] = job
-        task = asyncio.create_task(self._through(tenant, job.id, work), name=f"dmn-{kind}")
+        task = asyncio.create_task(self._through(tenant, job.id, work, turn), name=f"dmn-{kind}")
         self._tasks[job.id] = task
         task.add_done_callback(lambda _: self._forget(job.id))
         return job
@@ -58,6 +66,10 @@ class Jobs:
         task = self._tasks.get(id_)
         if task is not None:
             await asyncio.wait((task,), timeout=seconds)
+
+    def under_way(self, kind: str) -> int:
+        """Return how many jobs of a kind this process has, those that wait for their turn among them."""
+        return sum(job.kind == kind and not job.over for job in self._own.values())
 
     async def get(self, tenant: str, id_: str) -> Job:
         """Return how a job stands.
@@ -81,7 +93,7 @@ class Jobs:
             UnknownJob: there is none of that id.
         """
         job = await self.get(tenant, id_)
-        cancelled = replace(job, state=JobState.CANCELLED, updated=self._wall(), eta_s=None)
+        cancelled = replace(job, state=JobState.CANCELLED, updated=self._wall(), eta_s=None, result=None)
         await self._store.note_job(tenant, cancelled)
         await self._stop(id_)
 
@@ -99,19 +111,21 @@ class Jobs:
             task.cancel()
         await asyncio.wait((task,))
 
-    async def _through(self, tenant: str, id_: str, work: Work) -> None:
-        """Do the work, and write down how it goes and how it ends."""
+    async def _through(self, tenant: str, id_: str, work: Work, turn: asyncio.Lock | None) -> None:
+        """Do the work when its turn has come, and write down how it goes and how it ends."""
         kind, task = self._own[id_].kind, asyncio.current_task()
-        self._metrics.jobs.labels(kind, JobState.RUNNING).inc()
+        self._metrics.jobs.labels(kind, self._own[id_].state).inc()
         beat = asyncio.create_task(self._beat(tenant, id_, task), name="dmn-job-beat")
         try:
-            result = await work(lambda progress: self._report(id_, progress))
-            self._update(id_, state=JobState.DONE, progress=1.0, eta_s=0.0, result=dict(result))
+            async with turn or nullcontext():
+                self._begin(id_)
+                result = await work(partial(self._report, id_))
+            self._move(id_, state=JobState.DONE, progress=1.0, eta_s=0.0, result=dict(result))
         except asyncio.CancelledError:
             if self._leaving:
                 self._fail(id_, Draining("The process that did this job was stopped."))
             else:
-                self._update(id_, state=JobState.CANCELLED, eta_s=None)
+                self._move(id_, state=JobState.CANCELLED, eta_s=None, result=None)
         except ServiceError as error:
             self._fail(id_, error)
         except Exception as error:  # noqa: BLE001 - nobody awaits a job: it has to say itself what became of it
@@ -120,8 +134,6 @@ class Jobs:
         finally:
             beat.cancel()
             state = self._own[id_].state
-            self._metrics.jobs.labels(kind, JobState.RUNNING).dec()
-            self._metrics.jobs.labels(kind, state).inc()
             logs.event(logs.JOB_OVER, tenant=tenant, kind=kind, state=str(state))
             with suppress(StoreDown):
                 await self._store.note_job(tenant, self._own[id_])
@@ -136,19 +148,32 @@ class Jobs:
                     task.cancel()
                     return
 
-    def _report(self, id_: str, progress: float) -> None:
+    def _begin(self, id_: str) -> None:
+        self._began[id_] = self._wall()
+        self._move(id_, state=JobState.RUNNING)
+
+    def _report(self, id_: str, progress: float, result: Mapping[str, Any] | None = None) -> None:
         done = min(1.0, max(0.0, progress))
-        spent = self._wall() - self._own[id_].created
-        self._update(id_, progress=done, eta_s=spent * (1 - done) / done if done else None)
+        spent = self._wall() - self._began[id_]
+        told = self._own[id_].result if result is None else dict(result)
+        self._update(id_, progress=done, eta_s=spent * (1 - done) / done if done else None, result=told)
 
     def _fail(self, id_: str, error: ServiceError) -> None:
-        self._update(id_, state=JobState.FAILED, eta_s=None, error=_problem(error))
+        self._move(id_, state=JobState.FAILED, eta_s=None, result=None, error=_problem(error))
+
+    def _move(self, id_: str, *, state: JobState, **values: Any) -> None:
+        """Go on to another state, and count it there."""
+        job = self._own[id_]
+        self._metrics.jobs.labels(job.kind, job.state).dec()
+        self._metrics.jobs.labels(job.kind, state).inc()
+        self._update(id_, state=state, **values)
 
     def _update(self, id_: str, **values: Any) -> None:
         self._own[id_] = replace(self._own[id_], updated=self._wall(), **values)
 
     def _forget(self, id_: str) -> None:
         del self._tasks[id_], self._own[id_]
+        self._began.pop(id_, None)
 
     def _judged(self, job: Job) -> Job:
         if job.over or self._wall() - job.updated < LOST_S:

@@ -25,7 +25,8 @@ class Rooms:
     """Everything with a life cycle, made and taken down in `service.app`.
 
     `clock` is monotonic and `wall` is wall time, both in seconds. `carrier` is held by whoever has a whole memory in
-    hand, `dock` by whoever receives one: one at a time, so that neither memory nor disk fill up.
+    hand, `dock` by whoever receives one: one at a time, so that neither memory nor disk fill up. `tutor` is held by who
+    trains on the device.
     """
 
     settings: Settings
@@ -40,6 +41,7 @@ class Rooms:
     jobs: Jobs
     carrier: asyncio.Lock
     dock: asyncio.Lock
+    tutor: asyncio.Lock
     metrics: Metrics
     clock: Callable[[], float]
     wall: Callable[[], float]

@@ -6,9 +6,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from .. import adapt
+from .. import adapt, training
+from ..archive import held_bytes
 from ..classify import Fault
 from ..errors import InvalidRequest
+from ..idempotency import digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered, StoredMemory
 from ..tenants import class_name
@@ -33,7 +35,9 @@ from .problems import AllFailed, problem_of
 from .schemas import (
     DynamicClassOut,
     DynamicOut,
+    JobOut,
     MemoryOut,
+    ProjectionsOut,
     ShotItemOut,
     ShotListOut,
     ShotOut,
@@ -42,6 +46,7 @@ from .schemas import (
     SlotListOut,
     StaticClassOut,
     StaticOut,
+    TrainIn,
 )
 
 router = APIRouter(prefix="/memory", tags=["memory"])
@@ -123,6 +128,26 @@ async def post_shots(
     return await unless_gone(request, _store(rooms, ledger, tenant, upload, deadline, key))
 
 
+@router.post("/static/train", status_code=202, response_model=JobOut, summary="Train on the shots")
+async def train(
+    rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, body: TrainIn | None = None, key: KeyDep = None
+) -> Response:
+    """Start few-shot training; its job tells how far it is, and the result is in use when it is done."""
+    wanted = body or TrainIn()
+    digest = digest_of(("train", wanted.model_dump_json()))
+
+    async def once() -> Remembered:
+        return json_answer(JobOut.of(await training.start(rooms, tenant, wanted.options())), digest, 202)
+
+    return response_of(await ledger.once(tenant, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
+
+
+@router.delete("/static/train", status_code=204, summary="Remove what was trained")
+async def remove_offsets(rooms: RoomsDep, tenant: TenantDep) -> None:
+    """Remove the trained offsets; shots and slots stay."""
+    await training.remove(rooms, tenant)
+
+
 @router.delete("/static", status_code=204, summary="Remove every shot of a class")
 async def remove_label(
     rooms: RoomsDep, tenant: TenantDep, label: Annotated[str | None, Query(description="the class")] = None
@@ -174,7 +199,7 @@ def _memory_out(rooms: Rooms, stored: StoredMemory) -> MemoryOut:
         fingerprint=record.fingerprint,
         epoch=record.stamp.epoch,
         version=record.stamp.version,
-        bytes=adapt.held_bytes(stored, rooms.encoder.dim),
+        bytes=held_bytes(stored, rooms.encoder.dim),
         dynamic=DynamicOut(
             slots=record.config.slots,
             classes=[
@@ -185,5 +210,5 @@ def _memory_out(rooms: Rooms, stored: StoredMemory) -> MemoryOut:
         static=StaticOut(
             classes=[StaticClassOut(label=spec.name, count=len(stored.shots.get(spec.id, ()))) for spec in classes]
         ),
-        projections=None,
+        projections=ProjectionsOut.of(stored.offsets),
     )

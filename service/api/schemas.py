@@ -10,9 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from core.fusion import DEFAULT_WEIGHTS
 from core.prompts import DEFAULT_TEMPLATES
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS
+from core.training import DEFAULT_EPOCHS
 
-from ..stores.base import Job, SnapshotInfo
+from ..stores.base import Job, SnapshotInfo, StoredOffsets
 from ..tenants import ClassSpec, Retention, TenantConfig
+from ..training import Options
 
 
 class _In(BaseModel):
@@ -89,6 +91,21 @@ class ResetIn(_In):
 
     scope: Literal["dynamic", "static", "all"]
     classes: list[str] | None = None
+
+
+class TrainIn(_In):
+    """How to train; what is left out has its default."""
+
+    epochs: Annotated[int, Field(ge=1, le=1000, description="passes over the shots at most")] = DEFAULT_EPOCHS
+    learning_rate: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="of the first step; by default 1e-4 times 100 over the encoder's logit scale"),
+    ] = None
+    seed: Annotated[int, Field(ge=0, lt=2**53, description="of the order, the crops, and what is held out")] = 0
+
+    def options(self) -> Options:
+        """Return what the service calls options."""
+        return Options(epochs=self.epochs, learning_rate=self.learning_rate, seed=self.seed)
 
 
 class Problem(_Out):
@@ -372,8 +389,44 @@ class StaticOut(_Out):
     classes: list[StaticClassOut]
 
 
+class HeldOutOut(_Out):
+    """Accuracy on held-out shots by branch, in percent, without and with the offsets."""
+
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+class ProjectionsOut(_Out):
+    """Trained offsets: when, by how many passes over how many shots, and how many classes have a row."""
+
+    id: str
+    trained: str
+    epochs: int
+    shots: int
+    held_out: HeldOutOut | None
+    classes: int
+
+    @staticmethod
+    def of(offsets: StoredOffsets) -> ProjectionsOut | None:
+        """Return what a caller sees of trained offsets; None if there are none."""
+        known = offsets.training
+        if known is None:
+            return None
+        held_out = None
+        if known.before is not None and known.after is not None:
+            held_out = HeldOutOut(before=dict(known.before), after=dict(known.after))
+        return ProjectionsOut(
+            id=known.id,
+            trained=datetime.fromtimestamp(known.created, UTC).isoformat(timespec="seconds"),
+            epochs=known.epochs,
+            shots=known.shots,
+            held_out=held_out,
+            classes=len(offsets.rows),
+        )
+
+
 class MemoryOut(_Out):
-    """Both memories of a tenant; `bytes` of features and kept images."""
+    """Both memories of a tenant; `bytes` of features, kept images and trained offsets."""
 
     tenant: str
     fingerprint: str
@@ -382,7 +435,7 @@ class MemoryOut(_Out):
     bytes: int
     dynamic: DynamicOut
     static: StaticOut
-    projections: dict[str, Any] | None
+    projections: ProjectionsOut | None
 
 
 class ResetOut(_Out):

@@ -53,6 +53,8 @@ ROUTES = {
     ("get", "/memory"),
     ("get", "/memory/static"),
     ("post", "/memory/static"),
+    ("post", "/memory/static/train"),
+    ("delete", "/memory/static/train"),
     ("delete", "/memory/static"),
     ("delete", "/memory/static/{shot}"),
     ("get", "/memory/dynamic/{name}"),

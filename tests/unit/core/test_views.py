@@ -17,7 +17,7 @@ from torch import Tensor
 from core import views as module
 from core.encoder import Preprocess
 from core.errors import InvalidImage
-from core.views import augmented, digest, plain, seed_of, views
+from core.views import augmented, crops, digest, plain, seed_of, views
 from tests.pictures import noise, scene
 
 HOW = Preprocess(size=48, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
@@ -303,3 +303,17 @@ def test_seed_and_digest_have_the_promised_form() -> None:
 # sha256 of bytes 0..11, and of "(3, 2, 2)" before them, worked outside of core.
 SEED = 0xFFF3A9BCDD37363D
 DIGEST = "d65d49714a5b7e53c4a5"
+
+
+def test_crops_are_those_of_their_seed_and_are_cut_and_flipped_alone() -> None:
+    """Of one colour nothing but that colour can be cut, and AugMix would change it."""
+    flat = Image.new("RGB", (60, 40), (10, 200, 90))
+    made = crops(flat, 3, HOW, seed=1)
+    assert made.shape == (3, 3, HOW.size, HOW.size)
+    assert (made.flatten(2) == torch.tensor([10, 200, 90])[None, :, None]).all()
+    picture = noise(60, 40)
+    assert torch.equal(crops(picture, 3, HOW, seed=1)[:2], crops(picture, 2, HOW, seed=1))
+    assert not torch.equal(crops(picture, 1, HOW, seed=1), crops(picture, 1, HOW, seed=2))
+    assert len(crops(picture, 0, HOW, seed=1)) == 0
+    with pytest.raises(InvalidImage):
+        crops(picture.convert("L"), 1, HOW, seed=1)

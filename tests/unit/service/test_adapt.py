@@ -21,6 +21,7 @@ from core.numerics import unit
 from service import adapt, upkeep
 from service.adapt import LabelledImage, Shot
 from service.app import open_rooms
+from service.archive import held_bytes
 from service.errors import (
     DuplicateClass,
     FingerprintMismatch,
@@ -545,7 +546,7 @@ async def test_a_tenant_that_keeps_images_keeps_them_and_their_bytes_count(rooms
     unread = await rooms.store.load("zoo")
     assert unread is not None
     for memory in (unread, await stored(rooms)):
-        assert adapt.held_bytes(memory, rooms.encoder.dim) == 2 * rooms.encoder.dim + len(picture("red", 1))
+        assert held_bytes(memory, rooms.encoder.dim) == 2 * rooms.encoder.dim + len(picture("red", 1))
 
 
 async def test_a_shot_that_is_uploaded_again_is_the_same_one_and_of_another_class_another(rooms: Rooms) -> None:
