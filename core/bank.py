@@ -45,9 +45,9 @@ def pack(rows: Sequence[Float[Tensor, "_ d"]], *, width: int | None = None) -> B
     """
     longest = max(len(row) for row in rows)
     wide = longest if width is None else width
-    keys = rows[0].new_zeros((len(rows), wide, rows[0].shape[-1]), dtype=torch.float32)
-    occupied = torch.zeros(len(rows), wide, dtype=torch.bool, device=keys.device)
-    for c, row in enumerate(rows):
-        keys[c, : len(row)] = row
-        occupied[c, : len(row)] = True
-    return Bank(keys=keys, occupied=occupied)
+    keys = rows[0].new_empty((len(rows), wide, rows[0].shape[-1]), dtype=torch.float32)
+    for own, row in zip(keys, rows, strict=True):
+        own[: len(row)] = row
+        own[len(row) :] = 0.0
+    filled = torch.tensor([len(row) for row in rows], device=keys.device)
+    return Bank(keys=keys, occupied=torch.arange(wide, device=keys.device) < filled[:, None])

@@ -378,17 +378,20 @@ class RedisStore:
         self._known[(record.name, epoch)] = places
         slots: dict[str, StoredBank] = {}
         barred: set[tuple[str, str]] = set()
-        slices = list(_parts([spec.id for spec in record.config.classes], _classes_a_slice(record)))
-        for few in _parts(slices, _AHEAD):
-            # A few at once: the server gathers one while another is on its way and a third is taken apart here.
-            calls = [(keys.config, *keys.every_slot(places.bank, part)) for part in few]
-            replies = await asyncio.gather(*(self._run("banks.lua", touched, (epoch,)) for touched in calls))
-            for part, reply in zip(few, replies, strict=True):
+        slices = _parts([spec.id for spec in record.config.classes], _classes_a_slice(record))
+
+        async def read() -> None:
+            for part in slices:
+                touched = (keys.config, *keys.every_slot(places.bank, part))
+                reply = await self._run("banks.lua", touched, (epoch,))
                 if not reply[0]:
                     raise ReloadNeeded(tenant)
-                for class_id, at in zip(part, range(1, len(reply), 4), strict=True):
-                    slots[class_id] = _bank(*reply[at : at + 3])
-                    barred |= {(class_id, id_) for id_ in reply[at + 3].decode().split()}
+                for class_id, at in zip(part, range(1, len(reply), 3), strict=True):
+                    slots[class_id] = _bank(*reply[at : at + 2])
+                    barred.update((class_id, id_) for id_ in reply[at + 2].decode().split())
+
+        # A few take slices in turn: the server gathers one while another is on its way and a third is taken apart here.
+        await asyncio.gather(*(read() for _ in range(_AHEAD)))
         shots = await self._shots(keys.shots(places.pile), images=images)
         offsets = await self._offsets(keys.offsets(places.frame), record)
         # Slices are read one after the other: what changed meanwhile is in the log, and changing it again is harmless.
@@ -585,12 +588,9 @@ def _stamp(epoch: bytes | int, version: bytes | int, mark: bytes | None) -> Stam
     return Stamp(epoch=int(epoch), version=int(version), mark=(mark or b"").decode())
 
 
-def _bank(ids: bytes, entropies: bytes, features: bytes) -> StoredBank:
-    return StoredBank(
-        ids=tuple(ids.decode().split()),
-        entropies=struct.unpack(f"<{len(entropies) // 8}d", entropies),
-        features=features,
-    )
+def _bank(held: bytes, features: Sequence[bytes]) -> StoredBank:
+    words = held.decode().split()
+    return StoredBank(ids=tuple(words[::2]), entropies=tuple(map(float, words[1::2])), features=b"".join(features))
 
 
 def _changed(slots: Mapping[str, StoredBank], changes: Sequence[Change]) -> dict[str, StoredBank]:
