@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from .adapted import Adaptation, Adapted, adapt
 from .bank import SlotId, Slots
 from .dynamic import Candidate, DynamicMemory, SlotWrite, apply, propose
 from .fusion import fuse
 from .numerics import VIEW_EPS, entropy
 from .projection import project_text
 from .shelves import Shelves
+from .snapshot import Snapshot
 
 CONFIDENT_SHARE = 0.1
 """Share of the views, the surest, that give the pseudo-label, Eq. (3)."""
@@ -26,11 +28,16 @@ CONFIDENT_SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """One image: unit-norm features of its views, view 1 first, its id, and whether the memory may learn it."""
+    """One image: unit-norm features of its views, view 1 first, its id, and whether the memories may learn it.
+
+    `count` says whether class statistics, where there are any, count an image that they may learn: not one that they
+    have counted before.
+    """
 
     views: Float[Tensor, "v d"]
     id: SlotId
     learn: bool = True
+    count: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +45,8 @@ class Answers:
     """Probabilities of each branch and of their fusion, one row an image, and what each image did to the memory.
 
     `writes[i]` is the decision on image i, and `learned[i]` whether the memory took it; where it did not, the answer
-    was read through a virtual insert. `seen[i]` is the dynamic memory after image i.
+    was read through a virtual insert. `seen[i]` is the dynamic memory after image i. `adapted` is what the method
+    `auto` makes of the images.
     """
 
     text: Float[Tensor, "n c"]
@@ -49,6 +57,17 @@ class Answers:
     learned: tuple[bool, ...]
     seen: tuple[DynamicMemory, ...]
     memory: DynamicMemory
+    adapted: Adapted | None = None
+
+    @property
+    def statistics(self) -> Float[Tensor, "n c"] | None:
+        """Probabilities of the class statistics alone; None with the method `dmn`."""
+        return None if self.adapted is None else self.adapted.statistics
+
+    @property
+    def adaptation(self) -> Adaptation | None:
+        """The adaptation after the images; None with the method `dmn`."""
+        return None if self.adapted is None else self.adapted.adaptation
 
 
 def classify(
@@ -64,23 +83,28 @@ def classify(
     """
     snapshot = shelves.snapshot
     x = torch.stack([sample.views[0] for sample in samples])
-    probabilities = _view_probabilities(shelves, samples)
-    candidates = _candidates(samples, torch.stack([confident_mean(p) for p in probabilities]))
+    text, frozen = _view_scores(snapshot, samples)
+    labelling = [confident_mean(scores.softmax(-1)) for scores in frozen]
+    candidates = _candidates(samples, torch.stack(labelling))
     writes, learned, seen, reads = _decide(snapshot.dynamic, samples, candidates, may_store)
     dynamic, static = shelves.scores(x)
     _patch(shelves, dynamic, x, reads)
-    text = torch.stack([p[0] for p in probabilities]).to(dynamic.dtype)
-    dynamic = dynamic.softmax(-1)
+    plain, first = (torch.stack([scores[0] for scores in views]).to(dynamic.dtype) for views in (text, frozen))
+    p, dynamic = plain.exp(), dynamic.softmax(-1)
     static = None if static is None else static.softmax(-1)
+    adapted = None
+    if snapshot.adaptation is not None:
+        adapted = adapt(snapshot.adaptation, x, plain, first, [own.learn and own.count for own in samples])
     return Answers(
-        text=text,
+        text=p,
         dynamic=dynamic,
         static=static,
-        fused=fuse(text, dynamic, static, snapshot.weights),
+        fused=fuse(p, dynamic, static, snapshot.weights) if adapted is None else adapted.fused,
         writes=tuple(writes),
         learned=tuple(learned),
         seen=tuple(seen),
         memory=seen[-1],
+        adapted=adapted,
     )
 
 
@@ -94,23 +118,24 @@ def confident_mean(views: Float[Tensor, "v c"]) -> Float[Tensor, " c"]:
     return views[surest].mean(0)
 
 
-def text_probabilities(
-    features: Float[Tensor, "n d"], head: Float[Tensor, "c d"], tau: float
-) -> Float64[Tensor, "n c"]:
-    """Return softmax(tau u(t_c + b_t[c]) . x), Eq. (2) and (14), for the projected text `head`.
+def text_scores(features: Float[Tensor, "n d"], head: Float[Tensor, "c d"], tau: float) -> Float64[Tensor, "n c"]:
+    """Return log softmax(tau u(t_c + b_t[c]) . x), Eq. (2) and (14), for the projected text `head`.
 
     In float64: in float32 the probability of a sure image rounds to 1, and entropies that order the memory would tie,
     or differ by chance with the size of the batch.
     """
-    return (tau * features @ head.T).double().softmax(-1)
+    return (tau * features @ head.T).double().log_softmax(-1)
 
 
-def _view_probabilities(shelves: Shelves, samples: Sequence[Sample]) -> tuple[Float64[Tensor, "_ c"], ...]:
-    """Return the text head's probabilities of every view of every image."""
-    snapshot = shelves.snapshot
+def _view_scores(
+    snapshot: Snapshot, samples: Sequence[Sample]
+) -> tuple[tuple[Float64[Tensor, "_ c"], ...], tuple[Float64[Tensor, "_ c"], ...]]:
+    """Return the text head's log probabilities, and the scores that label, of every view of every image."""
     every = torch.cat([sample.views for sample in samples])
-    p = text_probabilities(every, project_text(snapshot.text, snapshot.projection), snapshot.tau)
-    return torch.split(p, [len(sample.views) for sample in samples])
+    text = text_scores(every, project_text(snapshot.text, snapshot.projection), snapshot.tau)
+    frozen = text if snapshot.adaptation is None else snapshot.adaptation.frozen.scores(text, every)
+    views = [len(sample.views) for sample in samples]
+    return torch.split(text, views), torch.split(frozen, views)
 
 
 def _candidates(samples: Sequence[Sample], sure: Float[Tensor, "n c"]) -> list[Candidate]:

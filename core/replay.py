@@ -17,6 +17,7 @@ from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .adapted import Adaptation
 from .classify import Answers, Sample, classify
 from .dynamic import DynamicMemory, Outcome
 from .errors import InvalidFeature, InvalidStream
@@ -26,7 +27,7 @@ from .numerics import checked_unit
 from .orders import iid
 from .projection import Projection
 from .shelves import Shelves
-from .snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Snapshot
+from .snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method, Snapshot
 from .static import Shots, StaticMemory
 
 BATCH = 64
@@ -67,6 +68,7 @@ class Options:
     shots: int | None = None
     seed: int | None = None
     learn: bool = True
+    method: Method = "dmn"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,7 @@ class Replay:
     text: Float[Tensor, "n c"]
     dynamic: Float[Tensor, "n c"]
     static: Float[Tensor, "n c"] | None
+    statistics: Float[Tensor, "n c"] | None
     fused: Float[Tensor, "n c"]
     slot: Int[Tensor, " n"]
     memory: DynamicMemory
@@ -84,8 +87,12 @@ class Replay:
 
     @property
     def branches(self) -> dict[str, Float[Tensor, "n c"] | None]:
-        """Return the probabilities of each branch by its name, the fused ones last; None for an absent branch."""
-        return {"text": self.text, "dynamic": self.dynamic, "static": self.static, "fused": self.fused}
+        """Return the probabilities of each branch by its name, the fused ones last; None for an absent branch.
+
+        There is a branch of class statistics with the method `auto` alone.
+        """
+        own = {} if self.statistics is None else {"statistics": self.statistics}
+        return {"text": self.text, "dynamic": self.dynamic, "static": self.static, **own, "fused": self.fused}
 
     @property
     def marks(self) -> dict[str, Marks | None]:
@@ -129,7 +136,7 @@ def replay(stream: Stream, options: Options, *, progress: Callable[[int], None] 
     for numbers in torch.split(torch.arange(len(order)), BATCH):
         samples = [Sample(views=stream.features[order[i]], id=i, learn=options.learn) for i in numbers.tolist()]
         answers = classify(shelves, samples)
-        snapshot = dc_replace(snapshot, dynamic=answers.memory)
+        snapshot = dc_replace(snapshot, dynamic=answers.memory, adaptation=answers.adaptation)
         shelves.advance(snapshot)
         parts.append(answers)
         if options.learn:
@@ -139,7 +146,16 @@ def replay(stream: Stream, options: Options, *, progress: Callable[[int], None] 
     back = order.argsort()
     joined = {name: _join(parts, name, back) for name in ("text", "dynamic", "fused")}
     static = _join(parts, "static", back) if snapshot.static.filled else None
-    return Replay(**joined, static=static, slot=slots, memory=snapshot.dynamic, writes=writes, seconds=seconds)
+    statistics = _join(parts, "statistics", back) if options.method == "auto" else None
+    return Replay(
+        **joined,
+        static=static,
+        statistics=statistics,
+        slot=slots,
+        memory=snapshot.dynamic,
+        writes=writes,
+        seconds=seconds,
+    )
 
 
 def summary(result: Replay, stream: Stream) -> dict[str, object]:
@@ -257,14 +273,16 @@ def _scalar(arrays: Mapping[str, NDArray[np.generic]], name: str, default: float
 def _snapshot(stream: Stream, options: Options) -> Snapshot:
     classes, dim = stream.text.shape
     slots = stream.slots if options.slots is None else options.slots
+    static = _static(stream, options.shots)
     return Snapshot(
         text=stream.text,
         dynamic=DynamicMemory.empty(classes, dim, slots),
-        static=_static(stream, options.shots),
+        static=static,
         projection=stream.projection,
         tau=stream.tau,
         beta=stream.beta if options.beta is None else options.beta,
         weights=options.weights,
+        adaptation=Adaptation.begin(stream.text, static, stream.tau) if options.method == "auto" else None,
     )
 
 

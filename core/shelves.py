@@ -39,7 +39,7 @@ class Shelves:
                 self._place(classes[start : start + _AT_ONCE], width, room=len(classes))
 
     def advance(self, snapshot: Snapshot) -> None:
-        """Move on to a later snapshot that differs from the present one in its dynamic slots alone."""
+        """Move on to a later snapshot that differs from the present one in its dynamic slots and adaptation alone."""
         before, after = self.snapshot.dynamic.classes, snapshot.dynamic.classes
         self.snapshot = snapshot
         for index, (old, new) in enumerate(zip(before, after, strict=True)):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .adapted import Adaptation
 from .bank import Slots
 from .dynamic import DynamicMemory
 from .fusion import DEFAULT_WEIGHTS, BranchWeights
 from .projection import Projection
 from .static import StaticMemory
+
+Method = Literal["dmn", "auto"]
+"""`dmn` is the paper's, faithfully; `auto` adds class statistics, each branch as far as it can be trusted."""
 
 DEFAULT_SLOTS = 50
 DEFAULT_BETA = 5.5
@@ -22,7 +27,8 @@ DEFAULT_BETA = 5.5
 class Snapshot:
     """Class weights t_c `c d`, both memories, offsets (None: all zero), and the numbers of a readout.
 
-    `beta` is the affinity's sharpness, `tau` the encoder's logit scale, `weights` those of the fusion.
+    `beta` is the affinity's sharpness, `tau` the encoder's logit scale, `weights` those of the fusion. With the method
+    `auto` there is an `adaptation` too, and the answer is its; with `dmn` there is none.
     """
 
     text: Float[Tensor, "c d"]
@@ -32,6 +38,7 @@ class Snapshot:
     tau: float = 100.0
     beta: float = DEFAULT_BETA
     weights: BranchWeights = DEFAULT_WEIGHTS
+    adaptation: Adaptation | None = None
 
     def filled(self, index: int) -> int:
         """Return how many slots class `index` is read from, Eq. (12)."""

@@ -63,6 +63,9 @@ KindOption = Annotated[
     StreamKind | None,
     typer.Option("--stream", help="Shuffled, in runs of one class, with frequencies like 1/rank, or drifting."),
 ]
+MethodOption = Annotated[
+    Literal["dmn", "auto"], typer.Option(help="`dmn` is the paper's; `auto` adds class statistics and calibration.")
+]
 TenantOption = Annotated[str, typer.Option(help="Whose memory.")]
 UrlOption = Annotated[
     str | None, typer.Option("--url", help="Address of the service; by default that of DMN_HOST and DMN_PORT.")
@@ -198,6 +201,7 @@ def replay(
     orders: OrdersOption = None,
     kind: KindOption = None,
     no_learn: Annotated[bool, typer.Option("--no-learn", help="Read, but do not write.")] = False,  # noqa: FBT002
+    method: MethodOption = "dmn",
     as_json: JsonOption = False,  # noqa: FBT002
     output: Annotated[Path | None, typer.Option("--out", help="Write every answer to this `.npz`.")] = None,
 ) -> None:
@@ -206,7 +210,7 @@ def replay(
 
     if beta is not None and not math.isfinite(beta):
         _stop(f"--beta must be a finite number, at least 0; got {beta}.")
-    options = {"slots": slots, "beta": beta, "shots": shots, "learn": not no_learn}
+    options = {"slots": slots, "beta": beta, "shots": shots, "learn": not no_learn, "method": method}
     which = _kind(orders, kind)
     if which is None:
         told = offline.replay_file(stream, {**options, "seed": seed}, _weights(weights), output, err)

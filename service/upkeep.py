@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from core.classify import text_probabilities
+from core.classify import text_scores
 from core.codec import encode_feature
 from core.numerics import entropy
 from core.projection import project_text
@@ -103,7 +103,7 @@ async def _scored_anew(rooms: Rooms, stored: StoredMemory, report: Report) -> di
 
 def _scored(slots: Sequence[StoredSlot], head: Tensor, tau: float) -> list[tuple[int, StoredSlot]]:
     """Return each slot with the label and entropy that its feature has, Eq. (4)."""
-    p = text_probabilities(stack_features(slots, head.shape[-1]).to(head), head, tau)
+    p = text_scores(stack_features(slots, head.shape[-1]).to(head), head, tau).exp()
     labels, entropies = p.argmax(-1).tolist(), entropy(p).tolist()
     return [(label, replace(slot, entropy=nats)) for slot, label, nats in zip(slots, labels, entropies, strict=True)]
 

@@ -239,7 +239,7 @@ def test_no_function_of_the_learning_path_takes_a_label() -> None:
 
 
 def test_a_sample_carries_no_label() -> None:
-    assert {field.name for field in fields(Sample)} == {"views", "id", "learn"}
+    assert {field.name for field in fields(Sample)} == {"views", "id", "learn", "count"}
 
 
 @given(worlds(images=(3, 10)), st.integers(0, 2**32 - 1))

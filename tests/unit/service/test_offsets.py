@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.classify import text_probabilities
+from core.classify import text_scores
 from core.codec import decode_feature
 from core.errors import IncompatibleMemory
 from core.numerics import entropy
@@ -112,7 +112,7 @@ async def test_answers_come_from_the_offsets_as_soon_as_they_are_there(rooms: Ro
         assert hot.nbytes > 4 * 5 * 3 * FakeEncoder.dim
     assert all(one.text.tolist() != other.text.tolist() for one, other in zip(before, after, strict=True))
     feature = rooms.encoder.encode_images((await rooms.darkroom.develop(picture("red", 0))).pixels)
-    expected = text_probabilities(feature, head, rooms.encoder.logit_scale)[0]
+    expected = text_scores(feature, head, rooms.encoder.logit_scale)[0].exp()
     torch.testing.assert_close(after[0].text.double(), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -135,7 +135,7 @@ async def test_stored_slots_are_scored_anew_under_the_offsets_and_again_without_
     for at, spec in enumerate(found.record.config.classes):
         for slot in found.slots.get(spec.id, ()):
             feature = decode_feature(slot.feature, FakeEncoder.dim).float()[None]
-            p = text_probabilities(feature, head, rooms.encoder.logit_scale)
+            p = text_scores(feature, head, rooms.encoder.logit_scale).exp()
             assert int(p.argmax()) == at
             assert slot.entropy == pytest.approx(entropy(p).item(), rel=1e-5)
             count += 1

@@ -1,0 +1,248 @@
+"""The method `auto`: the frozen branches and the class statistics of traffic, added up as far as they can be trusted.
+
+    A_c = S_c - s_c g + (t_c - mean t) / 2,   g = G / n,   S, s, G, n of traffic and of the shots together,
+    z_c = cos_P(x - g, A_c + r_c / 4 (x - g)),   P the precision of what images differ by within their classes,
+    L_c = log p_text,c + w z_c,   w = gamma + max(tau - gamma, 0) n / (n + 40 C),   n of traffic alone.
+
+The query's own insert, a quarter of its responsibilities, is always a virtual one: an image is counted after it was
+read. Directions and precision are made anew when enough images were counted since, at numbers that do not depend on
+how images came together: an answer does not depend on what else was in its batch.
+
+Scores that many images built are larger than the frozen branches', and no more certain. They are brought to the
+spread of these, image by image, and then to the one temperature under which the adapted probabilities agree with the
+frozen branches on how often those are right, Eq. (22). No label is needed for that, and no answer changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .frozen import Frozen, trust
+from .static import StaticMemory
+from .statistics import SHARPER, TEMPERATURES, Statistics, counted
+from .whitening import cosines, precision
+
+ANCHOR = 0.5
+"""Images that the direction of a class's text is worth."""
+
+OWN = 0.25
+"""Images that a query itself is worth when it is read."""
+
+RAMP = 40.0
+"""Images a class after which statistics count half."""
+
+RIDGE = 4.0
+_PATIENCE = 32
+"""Images after which directions are made anew, or a 32nd part of all; and images before a temperature counts half."""
+
+_LEAST, _MOST = -2.0, 2.0
+_TINY = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Directions:
+    """What is read of the statistics: g `d`, P `d d`, the directions A_c P `c d`, A_c' P A_c `c`, w and temperature."""
+
+    centre: Float[Tensor, " d"]
+    precision: Float[Tensor, "d d"]
+    directions: Float[Tensor, "c d"]
+    squares: Float[Tensor, " c"]
+    weight: float
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adaptation:
+    """What a tenant with the method `auto` has beside its memories.
+
+    `text` are the class weights, `shots` the statistics of the labelled shots, `statistics` those of traffic, and
+    `directions` what was made of both when `made_at` images had been counted.
+    """
+
+    tau: float
+    text: Float[Tensor, "c d"]
+    frozen: Frozen
+    shots: Statistics
+    statistics: Statistics
+    directions: Directions
+    made_at: int
+
+    @staticmethod
+    def begin(
+        text: Float[Tensor, "c d"], static: StaticMemory, tau: float, statistics: Statistics | None = None
+    ) -> Adaptation:
+        """Return the adaptation of a label set and its shots, with what was counted before, if anything."""
+        shots = _as_statistics(static, text)
+        known = Statistics.zeros(*text.shape, device=text.device) if statistics is None else statistics
+        frozen = trust(static, text, tau)
+        return Adaptation(
+            tau=tau,
+            text=text,
+            frozen=frozen,
+            shots=shots,
+            statistics=known,
+            directions=_directions(text, frozen, shots, known, tau),
+            made_at=int(known.images),
+        )
+
+    def known(self, statistics: Statistics) -> Adaptation:
+        """Return the adaptation with other statistics; directions are made anew if enough images came to them."""
+        now = int(statistics.images)
+        if self.made_at <= now < _next(self.made_at):
+            return replace(self, statistics=statistics)
+        made = _directions(self.text, self.frozen, self.shots, statistics, self.tau)
+        return replace(self, statistics=statistics, directions=made, made_at=now)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        made = self.directions
+        return (
+            self.shots.nbytes
+            + self.statistics.nbytes
+            + sum(part.nbytes for part in (made.centre, made.precision, made.directions, made.squares))
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapted:
+    """Probabilities of the statistics alone and of everything together, one row an image; what was counted of them.
+
+    `adaptation` is the one after these images.
+    """
+
+    statistics: Float[Tensor, "n c"]
+    fused: Float[Tensor, "n c"]
+    counted: Statistics
+    adaptation: Adaptation
+
+
+def adapt(
+    adaptation: Adaptation,
+    x: Float[Tensor, "n d"],
+    text: Float[Tensor, "n c"],
+    frozen: Float[Tensor, "n c"],
+    count: Sequence[bool],
+) -> Adapted:
+    """Return the adapted answers to images in order; those that `count` are added to the statistics, once read.
+
+    `text` are log probabilities of the text head, `frozen` the scores of the frozen branches, Eq. (17).
+    """
+    fresh = torch.tensor(count, device=x.device)
+    responsible = (SHARPER * frozen).softmax(-1)
+    reference = frozen * adaptation.frozen.sharpness if adaptation.frozen.held_out else text
+    now, new, read = adaptation, Statistics.zeros(*adaptation.text.shape, device=x.device), []
+    for part in _parts(adaptation, fresh):
+        z = _read(now.directions, x[part], responsible[part])
+        level = _level(text[part] + now.directions.weight * z, reference[part])
+        read.append(((now.tau * z).softmax(-1), (level * torch.tensor(-now.directions.temperature).exp()).softmax(-1)))
+        if fresh[part].any():
+            new = new + _count(x[part], responsible[part], level, reference[part], fresh[part])
+            now = now.known(adaptation.statistics + new)
+    alone, fused = (torch.cat(rows) for rows in zip(*read, strict=True))
+    return Adapted(statistics=alone, fused=fused, counted=new, adaptation=now)
+
+
+def temperature(statistics: Statistics) -> float:
+    """Return the logarithm of the temperature, Eq. (22): where agreement falls to what the frozen branches claim.
+
+    It moves away from 0 as images come: n / (n + 32) of the way.
+    """
+    images = float(statistics.images)
+    if images <= 0:
+        return 0.0
+    above = ((statistics.agreed - statistics.sure) / images).tolist()
+    steps = torch.linspace(_LEAST, _MOST, TEMPERATURES).tolist()
+    at = next((k for k, gap in enumerate(above) if gap <= 0), TEMPERATURES - 1)
+    found = steps[at]
+    if at > 0 and above[at] <= 0:
+        found -= (steps[at] - steps[at - 1]) * above[at] / min(above[at] - above[at - 1], -_TINY)
+    return float(found * images / (images + _PATIENCE))
+
+
+def _read(made: Directions, x: Float[Tensor, "n d"], responsible: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Return z with each query's own insert, Eq. (20)."""
+    v = x - made.centre
+    own = ((v @ made.precision) * v).sum(-1)
+    along, share = v @ made.directions.T, OWN * responsible
+    with_own = along + share * own[:, None]
+    squares = made.squares + 2.0 * share * along + share.square() * own[:, None]
+    return cosines(with_own, squares, own)
+
+
+def _level(logits: Float[Tensor, "n c"], reference: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Return scores that spread over the classes as far as the reference's do, image by image."""
+    spread, wanted = (scores.std(-1, correction=0, keepdim=True) for scores in (logits, reference))
+    return logits * (wanted / spread.clamp_min(_TINY))
+
+
+def _count(
+    x: Float[Tensor, "n d"],
+    responsible: Float[Tensor, "n c"],
+    level: Float[Tensor, "n c"],
+    reference: Float[Tensor, "n c"],
+    fresh: Bool[Tensor, " n"],
+) -> Statistics:
+    sure, first = reference[fresh].softmax(-1).max(-1)
+    agreed = [
+        (level[fresh] / step.exp()).softmax(-1).gather(1, first[:, None])[:, 0]
+        for step in torch.linspace(_LEAST, _MOST, TEMPERATURES)
+    ]
+    return counted(x[fresh], responsible[fresh], torch.stack(agreed, -1), sure)
+
+
+def _parts(adaptation: Adaptation, fresh: Bool[Tensor, " n"]) -> Iterator[slice]:
+    """Yield stretches of images, each up to one after which directions are made anew."""
+    known, made_at, start = int(adaptation.statistics.images), adaptation.made_at, 0
+    for at, counts in enumerate(fresh.tolist(), 1):
+        known += counts
+        if counts and known >= _next(made_at):
+            yield slice(start, at)
+            start, made_at = at, known
+    if start < len(fresh):
+        yield slice(start, len(fresh))
+
+
+def _next(images: int) -> int:
+    """Return how many images have to be counted before directions are made anew."""
+    return images + max(1, min(images, _PATIENCE), images // _PATIENCE)
+
+
+def _directions(
+    text: Float[Tensor, "c d"], frozen: Frozen, shots: Statistics, traffic: Statistics, tau: float
+) -> Directions:
+    """Return what is read of shots and traffic together, Eq. (19) to (21)."""
+    both = shots + traffic
+    images, seen = float(both.images), float(traffic.images)
+    centre = both.total / max(images, 1.0)
+    apart = both.sums - both.counts[:, None] * centre + ANCHOR * (text - text.mean(0))
+    weighed = both.sums / both.counts.clamp_min(_TINY).sqrt()[:, None]
+    shape = precision((both.second - weighed.T @ weighed) / max(images, 1.0), images, ridge=RIDGE)
+    directions = apart @ shape
+    return Directions(
+        centre=centre,
+        precision=shape,
+        directions=directions,
+        squares=(directions * apart).sum(-1),
+        weight=frozen.weight + max(tau - frozen.weight, 0.0) * seen / (seen + RAMP * len(text)),
+        temperature=temperature(traffic),
+    )
+
+
+def _as_statistics(static: StaticMemory, text: Float[Tensor, "c d"]) -> Statistics:
+    """Return the shots as images whose classes are known."""
+    classes, dim = text.shape
+    if not static.filled:
+        return Statistics.zeros(classes, dim, device=text.device)
+    keys = torch.cat([shots.keys.to(text) for shots in static.classes])
+    labels = torch.arange(classes, device=text.device).repeat_interleave(
+        torch.tensor([len(shots) for shots in static.classes], device=text.device)
+    )
+    owners = torch.nn.functional.one_hot(labels, classes).to(text)
+    none = text.new_zeros(len(keys), TEMPERATURES)
+    return counted(keys, owners, none, none[:, 0])

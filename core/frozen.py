@@ -1,0 +1,182 @@
+"""What labels traffic under the method `auto`: the text head and the labelled shots, each as far as it can be trusted.
+
+    F = log p_text + gamma z0,   z0_c = cos_P(x - g, m_c - g),
+
+with m_c the mean of the shots of class c, g the mean of these, and P the precision of the shots within their classes.
+Nothing of it depends on traffic, so what it labels does not depend on the order of a stream.
+
+How far the shots can be trusted is measured on shots: one of every class at once is left out, and the weight gamma
+and the sharpness are taken that explain them best. One class at a time would not do: an image is nearer to any image
+than to any text, so the class that lacks its shot would lose to all others. Where no class has two shots there is
+nothing to leave out, and the shots count for what the text head is wrong about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from .static import StaticMemory
+from .whitening import cosines, precision
+
+WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Tried for the shots, in units in which their scores spread as far as the text's."""
+
+SHARPNESSES = (0.35, 0.5, 0.7, 1.0, 1.4)
+"""Tried for both together."""
+
+RIDGE = 2.0
+_FOLDS = 8
+_CELLS = 1 << 19
+_FEWEST_ROWS = 256
+_DISTRUST = 2.0
+_DOUBT = 0.1
+_TINY = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """The shots as a classifier: their centre g `d`, the precision P `d d`, the directions P (m_c - g) and lengths."""
+
+    centre: Float[Tensor, " d"]
+    precision: Float[Tensor, "d d"]
+    directions: Float[Tensor, "c d"]
+    squares: Float[Tensor, " c"]
+
+    def read(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
+        """Return z0, in [-1, 1]; 0 for a class without shots."""
+        v = x - self.centre
+        return cosines(v @ self.directions.T, self.squares, ((v @ self.precision) * v).sum(-1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frozen:
+    """The branches that traffic does not change: `weight` is gamma, and `sharpness` makes their scores calibrated.
+
+    `held_out` says how many shots these were measured on; 0 where none could be left out.
+    """
+
+    shown: Shown | None = None
+    weight: float = 0.0
+    sharpness: float = 1.0
+    held_out: int = 0
+
+    def scores(self, text: Float64[Tensor, "n c"], x: Float[Tensor, "n d"]) -> Float64[Tensor, "n c"]:
+        """Return F, Eq. (17), for the text head's log probabilities."""
+        return text if self.shown is None else text + self.weight * self.shown.read(x)
+
+
+def trust(static: StaticMemory, text: Float[Tensor, "c d"], tau: float) -> Frozen:
+    """Return the frozen branches of a tenant, weighed by its shots; the text head alone where there are none.
+
+    `text` are the class weights as they are, without offsets: those may have been trained on the very shots.
+    """
+    if not static.filled:
+        return Frozen()
+    keys = torch.cat([shots.keys.to(text) for shots in static.classes])
+    numbers = torch.tensor([len(shots) for shots in static.classes], device=text.device)
+    labels = torch.arange(len(numbers), device=text.device).repeat_interleave(numbers)
+    sums, shown = _Sums.of(keys, labels, len(text)), _Sums.of(keys, labels, len(text)).shown()
+    rows = max(_FEWEST_ROWS, _CELLS // len(text))
+    some = _evenly(torch.arange(len(labels), device=text.device), rows)
+    scores, known = tau * keys[some] @ text.T, labels[some]
+    expected = _distrust(scores, known)
+    held = list(_left_out(numbers, rows))
+    if not held:
+        unit = _spread_of_others(scores, known) / _spread_of_others(shown.read(keys[some]), known)
+        return Frozen(shown=shown, weight=expected * unit)
+    # All of a fold are left out, and some of them are read.
+    read = [(_evenly(out, rows // len(held)), sums.without(keys[out], labels[out]).shown()) for out in held]
+    z = torch.cat([left.read(keys[out]) for out, left in read])
+    out = torch.cat([out for out, _ in read])
+    scores = tau * keys[out] @ text.T
+    unit = (scores.std(-1, correction=0).mean() / z.std(-1, correction=0).mean().clamp_min(_TINY)).item()
+    weight, sharpness = _likeliest(scores, unit * z, labels[out], expected)
+    return Frozen(shown=shown, weight=weight * unit, sharpness=sharpness, held_out=len(out))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sums:
+    """Sum and number of each class's shots, and the sum of the outer products of all."""
+
+    sums: Float[Tensor, "c d"]
+    counts: Float[Tensor, " c"]
+    second: Float[Tensor, "d d"]
+
+    @staticmethod
+    def of(keys: Float[Tensor, "m d"], labels: Int[Tensor, " m"], classes: int) -> _Sums:
+        none = keys.new_zeros(classes, keys.shape[-1])
+        return _Sums(
+            sums=none.index_add(0, labels, keys),
+            counts=labels.bincount(minlength=classes).to(keys),
+            second=keys.T @ keys,
+        )
+
+    def without(self, keys: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> _Sums:
+        gone = _Sums.of(keys, labels, len(self.counts))
+        return _Sums(sums=self.sums - gone.sums, counts=self.counts - gone.counts, second=self.second - gone.second)
+
+    def shown(self) -> Shown:
+        """Return the shots as a classifier; in a round space while they are too few to tell its shape."""
+        there = self.counts > 0
+        means = self.sums[there] / self.counts[there, None]
+        centre = means.mean(0)
+        within = self.second - (means * self.counts[there, None]).T @ means
+        differences = float((self.counts[there] - 1).sum())
+        enough = differences if differences >= len(means) else 0.0
+        shape = precision(within / max(differences, 1.0), enough, ridge=RIDGE)
+        apart = torch.zeros_like(self.sums)
+        apart[there] = means - centre
+        directions = apart @ shape
+        return Shown(centre=centre, precision=shape, directions=directions, squares=(directions * apart).sum(-1))
+
+
+def _left_out(numbers: Int[Tensor, " c"], rows: int) -> Iterator[Int[Tensor, " m"]]:
+    """Yield which shots to leave out together, one of every class that has another; none if fewer than two have."""
+    several = numbers > 1
+    if int(several.sum()) < 2:  # noqa: PLR2004 - with one class there is nothing to tell apart
+        return
+    first = numbers.cumsum(0) - numbers
+    for rank in range(min(_FOLDS, max(1, rows // len(numbers)), int(numbers.max()))):
+        yield (first + rank)[several & (numbers > rank)]
+
+
+def _evenly(rows: Int[Tensor, " m"], most: int) -> Int[Tensor, " n"]:
+    """Return at most so many of some rows, evenly among them."""
+    return rows[:: -(-len(rows) // max(1, most))]
+
+
+def _distrust(scores: Float[Tensor, "m c"], labels: Int[Tensor, " m"]) -> float:
+    """Return a weight for the shots that grows with how often the text head is wrong about them."""
+    right = float((scores.argmax(-1) == labels).sum())
+    return _DISTRUST * (1.0 - (right + 0.5) / (len(labels) + 1.0))
+
+
+def _spread_of_others(scores: Float[Tensor, "m c"], labels: Int[Tensor, " m"]) -> float:
+    """Return how far the scores of the classes that a shot is not of spread: of its own class it is a part."""
+    others = scores.scatter(1, labels[:, None], torch.nan)
+    middle = others.nanmean(-1, keepdim=True)
+    return max(float(torch.nan_to_num((others - middle).square().nanmean(-1)).sqrt().mean()), _TINY)
+
+
+def _likeliest(
+    text: Float[Tensor, "m c"], shots: Float[Tensor, "m c"], labels: Int[Tensor, " m"], expected: float
+) -> tuple[float, float]:
+    """Return the weight and the sharpness under which the shots that were left out are likeliest.
+
+    A weight far from what the text head alone makes one expect has to be worth it: few shots say little.
+    """
+    found = []
+    for weight in WEIGHTS:
+        together = text + weight * shots
+        surprise = math.log((weight + _DOUBT) / (expected + _DOUBT)) ** 2
+        for sharpness in SHARPNESSES:
+            loss = torch.nn.functional.cross_entropy(sharpness * together, labels, reduction="sum").item()
+            found.append((loss + surprise, weight, sharpness))
+    _, weight, sharpness = min(found)
+    return weight, sharpness
