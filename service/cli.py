@@ -180,8 +180,8 @@ def evaluate(
         names = [name for name in datasets.split(",") if name.strip()]
         told, courses = asyncio.run(offline.evaluate_paper(settings, paper, names, plan, err))
         sheet = report.paper_sheet(told)
-        if told["missing"]:
-            err.print(report.absence(paper, told["missing"]), highlight=False, markup=False, soft_wrap=True)
+        if told["missing"] and as_json:
+            err.print(report.absence(told["missing"]), highlight=False, markup=False, soft_wrap=True)
     if report_file is not None:
         report.write(report_file, shlex.join(["dmn", *sys.argv[1:]]), settings.encoder, plan, sheet, courses)
     if as_json:

@@ -103,7 +103,7 @@ async def evaluate_paper(
     found = [known.load(root, shots=plan.shots > 0) for known in wanted if absent[known.name] is None]
     missing = {name: str(path) for name, path in absent.items() if path is not None}
     if not found:
-        raise InvalidRequest(absence(root, missing))
+        raise InvalidRequest(absence(missing))
     told, courses = {}, {}
     with _progress(console) as progress:
         encoder = _loaded(settings, progress)

@@ -68,13 +68,13 @@ def paper_sheet(report: Mapping[str, Any]) -> Sheet:
         title=f"{len(rows)} data sets",
         columns=["data set", "images", "classes", *(f"{branch} %" for branch in average), "gain"],
         rows=[*rows, ["average", "", "", *_accuracies(average)]],
-        remarks=(),
+        remarks=[absence(report["missing"])] if report["missing"] else [],
     )
 
 
-def absence(root: Path, missing: Mapping[str, str]) -> str:
+def absence(missing: Mapping[str, str]) -> str:
     """Return the sentence that says which data sets are not there, and where they were looked for."""
-    return f"Not found under {root}: {', '.join(f'{name} ({path})' for name, path in missing.items())}."
+    return f"Not found: {', '.join(f'{name} ({path})' for name, path in missing.items())}."
 
 
 def check_place(file: Path) -> None:

@@ -52,9 +52,10 @@ def test_an_order_made_by_labels_says_so_where_there_are_none(kind: Kind) -> Non
     assert len(order_of("iid", 0, n=3, labels=None, text=TEXT)) == 3
 
 
-def test_runs_have_the_mean_length_that_they_are_named_for() -> None:
-    """Of classes far larger than a run, so that hardly one is cut short."""
-    labels = torch.arange(20).repeat(2000)
+@pytest.mark.parametrize("classes", [2, 20])
+def test_runs_have_the_mean_length_that_they_are_named_for(classes: int) -> None:
+    """Of classes far larger than a run, so that hardly one is cut short; two runs of one class would be one."""
+    labels = torch.arange(classes).repeat(40_000 // classes)
     told = lengths(labels[runs(labels, 0)])
     assert np.mean(told) == pytest.approx(RUN, rel=0.1)
     assert np.std(told) == pytest.approx(RUN, rel=0.15)  # of a geometric distribution, almost its mean

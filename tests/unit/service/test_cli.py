@@ -682,9 +682,11 @@ def test_evaluate_reruns_the_papers_table_and_says_what_is_missing(run: Run, tmp
     table = run("evaluate", "--paper", root, "--datasets", "dtd,eurosat", "--shots", 1)
     assert table.status == 0
     assert all(word in table.out for word in ("DTD", "average", "100.00"))
-    assert "EuroSAT" in table.err
-    assert "eurosat" in table.err
-    assert "UCF101" not in table.err
+    assert "Not found: EuroSAT" in table.out
+    assert "UCF101" not in table.out
+    machine = run("evaluate", "--paper", root, "--datasets", "dtd,eurosat", "--json")
+    assert list(machine.json["missing"]) == ["EuroSAT"]
+    assert "Not found: EuroSAT" in machine.err
 
 
 def test_evaluate_wants_either_folders_or_the_papers_root(run: Run, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_what_is_not_there_is_named_with_where_it_was_looked_for(tmp_path: Path)
     assert list(told["data_sets"]) == ["DTD"]
     assert len(told["missing"]) == 14
     assert told["missing"]["EuroSAT"] == str(tmp_path / "eurosat/2750")
-    with pytest.raises(InvalidRequest, match=r"Not found under .*ucf101"):
+    with pytest.raises(InvalidRequest, match=r"Not found: UCF101 \(.*ucf101"):
         evaluate(tmp_path, "ucf101")
 
 
