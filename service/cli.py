@@ -137,6 +137,9 @@ def evaluate(
         str, typer.Option(metavar="A,B", help="With --paper: some of them, by folder; all that are found if left out.")
     ] = "",
     shots: Annotated[int, typer.Option(min=0, help="Labelled shots a class, taken out of the stream.")] = 0,
+    train: Annotated[  # noqa: FBT002
+        bool, typer.Option("--train", help="Train on the shots before the stream, as the service does.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order, and of the choice of shots.")] = 0,
     orders: OrdersOption = None,
     kind: KindOption = None,
@@ -163,11 +166,14 @@ def evaluate(
         _stop("Name either folders of class folders, or --paper and the folder that holds the data sets.")
     if datasets and paper is None:
         _stop("--datasets chooses among those of --paper ROOT.")
+    if train and not shots:
+        _stop("--train trains on shots; say with --shots how many a class.")
     plan = evaluation.Plan(
         shots=shots,
         seeds=range(seed, seed + (orders or 1)),
         kind=_kind(orders, kind),
         views=views,
+        train=train,
         unknown=() if unknown is None else pictures_under(unknown),
     )
     if report_file is not None:

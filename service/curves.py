@@ -17,7 +17,7 @@ from .errors import InvalidRequest
 LEAST_WINDOW = 20
 """Images that a running mean is taken over, at least; otherwise a tenth of the stream."""
 
-_LINES = {FROZEN: ("text head (frozen)", "#8a8a8a"), ADAPTED: ("fused (adapted)", "#0b6e4f")}
+_LINES = {FROZEN: ("text head", "#8a8a8a"), ADAPTED: ("fused", "#0b6e4f")}
 
 
 def check_library() -> None:

@@ -18,6 +18,7 @@ from core.encoder import Encoder
 from core.measures import Marks, auroc, false_positive_rate
 from core.orders import Kind, drift, mixed, order_of
 
+from . import training
 from .adapt import LabelledImage, Shot, add_shots, delete_tenant, put_tenant
 from .classify import ClassifyCall, Fault, classify
 from .courses import ADAPTED, Course, mean, over, tail, together
@@ -27,7 +28,7 @@ from .errors import InvalidRequest
 from .images import ImageFault, ImageUnreadable
 from .rooms import Rooms
 from .settings import DEFAULT_TENANT, Settings
-from .tenants import TenantConfig
+from .tenants import Retention, TenantConfig
 
 T = TypeVar("T")
 
@@ -37,6 +38,9 @@ BRANCHES = ("text", "dynamic", "static", "fused")
 FOREVER = float("inf")
 _CALL = 32
 _TENTHS = 10
+_RECALLED_BYTES = 1 << 30
+_LOOK_S = 0.2
+_HUNDRED = 100
 
 Announce = Callable[[str, int], Callable[[int], None]]
 """Say what begins and how many images it takes; what is returned hears of those that are done."""
@@ -46,13 +50,14 @@ Announce = Callable[[str, int], Callable[[int], None]]
 class Plan:
     """What to measure: shots a class, one order a seed (which also draws the shots), views, and pictures of no class.
 
-    `kind` is None where one shuffled stream is measured by itself.
+    `train` trains offsets on the shots before the stream. `kind` is None where one shuffled stream is measured alone.
     """
 
     shots: int = 0
     seeds: Sequence[int] = (0,)
     kind: Kind | None = None
     views: int = 1
+    train: bool = False
     unknown: Sequence[Path] = ()
 
 
@@ -61,33 +66,38 @@ class Walk:
     """A course of pictures through the rooms.
 
     `unknown` holds the fused scores of the pictures of no class, which the course is without; `growth` the filled
-    slots after each tenth; `failed` why files could not be read.
+    slots after each tenth; `failed` why files could not be read; `training` what came of it, None where there was none.
     """
 
     course: Course
     unknown: Float[Tensor, " k"]
     growth: Sequence[int]
     failed: Mapping[str, str]
+    training: Mapping[str, Any] | None = None
 
 
 class Recalling:
-    """An encoder that remembers what it saw: over several orders each picture is encoded once."""
+    """An encoder that remembers what it saw, up to a limit: over several orders each picture is encoded once."""
 
     def __init__(self, encoder: Encoder) -> None:
         self.name, self.fingerprint, self.origin = encoder.name, encoder.fingerprint, encoder.origin
         self.dim, self.logit_scale = encoder.dim, encoder.logit_scale
         self.preprocess, self.device = encoder.preprocess, encoder.device
         self._encoder = encoder
+        self._most = _RECALLED_BYTES // (encoder.dim * torch.float32.itemsize)
         self._known: dict[bytes, Tensor] = {}
 
     def encode_images(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Return the features of pictures, those seen before as they were."""
         keys = [hashlib.blake2b(one.contiguous().numpy(), digest_size=16).digest() for one in pixels.cpu()]
         new = [i for i, key in enumerate(keys) if key not in self._known]
+        fresh: dict[bytes, Tensor] = {}
         if new:
             features = self._encoder.encode_images(pixels[new])
-            self._known.update(zip((keys[i] for i in new), features, strict=True))
-        return torch.stack([self._known[key] for key in keys])
+            fresh = dict(zip((keys[i] for i in new), features, strict=True))
+            if len(self._known) < self._most:
+                self._known |= fresh
+        return torch.stack([fresh[key] if key in fresh else self._known[key] for key in keys])
 
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Return the features of texts."""
@@ -119,6 +129,8 @@ async def evaluate(rooms: Rooms, data: DataSet, plan: Plan, announce: Announce) 
     if plan.kind is not None:
         accuracies = [course.figures()["accuracy"] for course in courses]
         report["worst_tenth"] = {"accuracy": over(accuracies, tail)}
+    if plan.train:
+        report["training"] = [dict(walk.training or {}) for walk in walks]
     if plan.unknown:
         report["unknown"] = await _unknown(rooms, data, plan, walks, announce)
     return report, courses
@@ -144,11 +156,19 @@ async def _walk(rooms: Rooms, data: DataSet, plan: Plan, seed: int, announce: An
     """Send a data set through the rooms, in one order, with a tenant that starts afresh."""
     support, known = data.drawn(plan.shots, seed)
     await delete_tenant(rooms, DEFAULT_TENANT)
-    await put_tenant(rooms, DEFAULT_TENANT, TenantConfig(classes=data.classes, templates=data.templates))
+    await put_tenant(rooms, DEFAULT_TENANT, _config(data, plan))
     await _upload(rooms, data, support, announce)
+    told = await _trained(rooms, seed, announce) if plan.train else None
     stream = await _arranged(rooms, data, known, plan, seed)
     which = "" if len(plan.seeds) == 1 else f" order {plan.seeds.index(seed) + 1} of {len(plan.seeds)}"
-    return await _stream(rooms, stream, announce(f"Classifying{which}", len(stream)), views=plan.views)
+    walk = await _stream(rooms, stream, announce(f"Classifying{which}", len(stream)), views=plan.views)
+    return replace(walk, training=told)
+
+
+def _config(data: DataSet, plan: Plan) -> TenantConfig:
+    """Return the tenant's configuration: as a new one has it, with images kept where crops of them are trained on."""
+    kept: Retention = "images" if plan.train else "features"
+    return TenantConfig(classes=data.classes, templates=data.templates, retention=kept)
 
 
 async def _upload(rooms: Rooms, data: DataSet, support: Sequence[Picture], announce: Announce) -> None:
@@ -163,6 +183,24 @@ async def _upload(rooms: Rooms, data: DataSet, support: Sequence[Picture], annou
             advance(len(part))
 
 
+async def _trained(rooms: Rooms, seed: int, announce: Announce) -> Mapping[str, Any]:
+    """Train the tenant's offsets on its shots, as `POST /memory/static/train` does, and return what came of it.
+
+    Raises:
+        InvalidRequest: the shots cannot be trained on, or the training failed.
+    """
+    advance, done = announce("Training", _HUNDRED), 0
+    job = await training.start(rooms, DEFAULT_TENANT, training.Options(seed=seed))
+    while not job.over:
+        await rooms.jobs.wait(job.id, _LOOK_S)
+        job = await rooms.jobs.get(DEFAULT_TENANT, job.id)
+        advance(int(_HUNDRED * job.progress) - done)
+        done = int(_HUNDRED * job.progress)
+    if job.result is None:
+        raise InvalidRequest(f"The training came to nothing: {(job.error or {}).get('detail', job.state)}")
+    return {"seed": seed, **{name: job.result[name] for name in ("trained", "epochs", "held_out")}}
+
+
 async def _arranged(rooms: Rooms, data: DataSet, known: list[Picture], plan: Plan, seed: int) -> list[Picture]:
     """Return the shuffled stream in the order of its kind, with the pictures of no class mixed in."""
     labels = torch.tensor([picture.label for picture in known])
@@ -171,7 +209,7 @@ async def _arranged(rooms: Rooms, data: DataSet, known: list[Picture], plan: Pla
     elif plan.kind == "drift" and data.domains > 1:
         order = drift(torch.tensor([picture.domain for picture in known]), seed)
     else:
-        config = TenantConfig(classes=data.classes, templates=data.templates)
+        config = _config(data, plan)
         text = await rooms.texts.class_weights([config.prompts(spec) for spec in data.classes])
         order = order_of(plan.kind, seed, n=len(known), labels=labels, text=text.cpu())
     both = [*known, *(Picture(path=path, label=None) for path in plan.unknown)]

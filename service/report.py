@@ -16,7 +16,7 @@ from .errors import InvalidRequest
 from .evaluation import Plan
 
 _MEASURES = {"accuracy": "accuracy %", "macro_accuracy": "mean over classes %", "ece": "calibration error %"}
-_NAMES = {"text": "text (the frozen head)"}
+_HEADS = {False: "text (the frozen head)", True: "text (the trained head)"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,10 @@ def report_sheet(report: Mapping[str, Any]) -> Sheet:
         columns["worst %"] = report["worst"]["accuracy"]
         columns[f"first {report['first']['images']} %"] = report["first"]["accuracy"]
     rows = [
-        [_NAMES.get(branch, branch), *(_figure(column[branch]) for column in columns.values())]
+        [
+            _HEADS["training" in report] if branch == FROZEN else branch,
+            *(_figure(column[branch]) for column in columns.values()),
+        ]
         for branch in report["accuracy"]
     ]
     return Sheet(title=title, columns=["branch", *columns], rows=rows, remarks=_remarks(report))
@@ -109,6 +112,7 @@ def _settings(encoder: str, plan: Plan) -> list[tuple[str, str]]:
     return [
         ("encoder", encoder),
         ("shots a class", str(plan.shots)),
+        ("trained on them", "yes" if plan.train else "no"),
         ("orders", str(len(plan.seeds))),
         ("seeds", f"{plan.seeds[0]} to {plan.seeds[-1]}"),
         ("stream", plan.kind or "iid"),
@@ -130,6 +134,8 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
     if "memory" in report:
         steps = " ".join(str(count) for count in report["memory"]["growth"])
         told.append(f"filled slots after each tenth: {steps} of {report['memory']['slots']}")
+    if "training" in report:
+        told.append(_training(report["training"]))
     if "unknown" in report:
         told.append(_unknown(report["unknown"]))
     if "gain" in report:
@@ -138,6 +144,12 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
         first = ", ".join(list(report["failed"])[:3])
         told.append(f"{len(report['failed'])} files could not be read: {first} …")
     return told
+
+
+def _training(orders: Sequence[Mapping[str, Any]]) -> str:
+    came = sum(bool(one["trained"]) for one in orders)
+    others = "; in the others they would not have helped" if came < len(orders) else ""
+    return f"offsets trained in {came} of {len(orders)} orders{others}"
 
 
 def _unknown(unknown: Mapping[str, Any]) -> str:

@@ -696,6 +696,13 @@ def test_evaluate_wants_either_folders_or_the_papers_root(run: Run, tmp_path: Pa
     assert "cifar" in refused(run("evaluate", "--paper", tmp_path, "--datasets", "cifar", "--json"))
 
 
+def test_evaluate_trains_on_shots_and_wants_some(run: Run, tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", red=["red"] * 4, green=["green"] * 4)
+    told = run("evaluate", root, "--shots", 2, "--train", "--json").json
+    assert [one["seed"] for one in told["training"]] == [0]
+    assert "--shots" in refused(run("evaluate", root, "--train", "--json"))
+
+
 def test_evaluate_writes_a_report(run: Run, tmp_path: Path) -> None:
     root = folder(tmp_path / "data", red=["red"] * 3, green=["green"] * 3)
     ran = run("evaluate", root, "--orders", 2, "--report", tmp_path / "out.md")

@@ -270,3 +270,24 @@ def test_what_several_orders_say_is_shown_to_people(tmp_path: Path) -> None:
     console.print(report_sheet(evaluate(root, plan=plan)).table())
     for word in ("2 orders (runs)", "gain of fused over text", "1 images of no class", "AUROC"):
         assert word in file.getvalue()
+
+
+def test_shots_are_trained_on_before_the_stream(tmp_path: Path) -> None:
+    """Offsets are the one thing that can move the text head."""
+    colours = {"one": ["red"] * 9, "two": ["green"] * 9, "three": ["blue"] * 9}
+    root = folder(tmp_path / "data", colours)
+    plain = evaluate(root, plan=Plan(shots=4, seeds=range(2), kind="iid"))
+    told = evaluate(root, plan=Plan(shots=4, seeds=range(2), kind="iid", train=True))
+    assert "training" not in plain
+    assert [(one["seed"], one["trained"]) for one in told["training"]] == [(0, True), (1, True)]
+    assert told["ece"]["text"] != plain["ece"]["text"]
+    console = Console(file=(file := io.StringIO()), width=200)
+    console.print(report_sheet(told).table())
+    assert "offsets trained in 2 of 2 orders" in file.getvalue()
+    assert "the trained head" in file.getvalue()
+
+
+def test_shots_that_cannot_be_trained_on_end_the_evaluation_with_the_reason(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", {"red": ["red"] * 4, "green": ["green"] * 4})
+    with pytest.raises(InvalidRequest, match="shot"):
+        evaluate(root, plan=Plan(shots=0, train=True))
