@@ -140,6 +140,9 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
         told.append(_unknown(report["unknown"]))
     if "gain" in report:
         told.append(_gain(report["gain"]))
+    if "worst_tenth" in report:
+        tenth = (f"{branch} {_figure(value)}" for branch, value in report["worst_tenth"]["accuracy"].items())
+        told.append(f"accuracy in the worst tenth of the orders: {', '.join(tenth)}")
     if report.get("failed"):
         first = ", ".join(list(report["failed"])[:3])
         told.append(f"{len(report['failed'])} files could not be read: {first} …")

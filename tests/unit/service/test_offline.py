@@ -18,7 +18,7 @@ from rich.console import Console
 
 from core import openclip
 from core.orders import Kind
-from service import logs, offline
+from service import evaluation, logs, offline
 from service.desk import Learned, Reading
 from service.errors import InvalidRequest
 from service.evaluation import Plan, Recalling
@@ -200,6 +200,17 @@ def test_an_encoder_that_recalls_answers_as_it_did(encoder: FakeEncoder) -> None
     assert first.equal(encoder.encode_images(pixels[:3]))
 
 
+def test_an_encoder_that_may_recall_no_more_encodes_again_and_says_the_same(
+    encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_RECALLED_BYTES", 4 * encoder.dim)
+    recalling = Recalling(encoder)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for own in (pixels[:1], pixels[1:], pixels):
+        assert recalling.encode_images(own).equal(encoder.encode_images(own))
+    assert encoder.images == (1 + 2 + 2) + (1 + 2 + 3)
+
+
 def right_answers(*roots: Path, plan: Plan) -> list[bool]:
     """Return which answers of the text head are right, in the order of the stream."""
     _, courses = asyncio.run(offline.evaluate_folders(Settings(store="memory"), roots, plan, quiet()))
@@ -268,7 +279,13 @@ def test_what_several_orders_say_is_shown_to_people(tmp_path: Path) -> None:
     plan = Plan(seeds=range(2), kind="runs", unknown=[tmp_path / "stranger.png"])
     console = Console(file=(file := io.StringIO()), width=200)
     console.print(report_sheet(evaluate(root, plan=plan)).table())
-    for word in ("2 orders (runs)", "gain of fused over text", "1 images of no class", "AUROC"):
+    for word in (
+        "2 orders (runs)",
+        "worst tenth of the orders: text",
+        "gain of fused over text",
+        "1 images of no class",
+        "AUROC",
+    ):
         assert word in file.getvalue()
 
 
