@@ -40,6 +40,7 @@ RIDGE = 4.0
 _PATIENCE = 32
 """Images after which directions are made anew, or a 32nd part of all; and images before a temperature counts half."""
 
+_NEGLIGIBLE = 1e-4
 _LEAST, _MOST = -2.0, 2.0
 _TINY = 1e-12
 
@@ -134,7 +135,7 @@ def adapt(
     `text` are log probabilities of the text head, `frozen` the scores of the frozen branches, Eq. (17).
     """
     fresh = torch.tensor(count, device=x.device)
-    responsible = (SHARPER * frozen).softmax(-1)
+    responsible = _responsible(frozen)
     reference = frozen * adaptation.frozen.sharpness if adaptation.frozen.held_out else text
     now, new, read = adaptation, Statistics.zeros(*adaptation.text.shape, device=x.device), []
     for part in _parts(adaptation, fresh):
@@ -163,6 +164,12 @@ def temperature(statistics: Statistics) -> float:
     if at > 0 and above[at] <= 0:
         found -= (steps[at] - steps[at - 1]) * above[at] / min(above[at] - above[at - 1], -_TINY)
     return float(found * images / (images + _PATIENCE))
+
+
+def _responsible(frozen: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+    """Return how much of an image each class takes, Eq. (18); what is next to nothing leaves a class as it is."""
+    shares = (SHARPER * frozen).softmax(-1)
+    return shares.masked_fill(shares < _NEGLIGIBLE, 0.0)
 
 
 def _read(made: Directions, x: Float[Tensor, "n d"], responsible: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:

@@ -69,7 +69,7 @@ def counted(
     agreed: Float[Tensor, "n k"],
     sure: Float[Tensor, " n"],
 ) -> Statistics:
-    """Return the statistics of some images, Eq. (18); responsibilities of an image sum to 1."""
+    """Return the statistics of some images, Eq. (18); responsibilities of an image sum to 1, or a little less."""
     return Statistics(
         sums=responsibilities.T @ x,
         counts=responsibilities.sum(0),
