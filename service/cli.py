@@ -1,4 +1,7 @@
-"""The command line: `dmn serve`, `classify`, `evaluate`, `replay`, `memory`, `config`. Settings are made here, once."""
+"""The command line: `dmn serve`, `classify`, `evaluate`, `train`, `replay`, `memory`, `config`.
+
+Settings are made here, once.
+"""
 
 from __future__ import annotations
 
@@ -194,6 +197,40 @@ def evaluate(
         _print_json(told)
     else:
         out.print(sheet.table())
+
+
+@app.command()
+def train(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of one folder of images for each class.")],
+    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the shots at most.")] = 20,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the first step; by default 1e-4 times 100 over the encoder's logit scale.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**53 - 1, help="Seed of order, crops, and of what is held out.")] = 0,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Pictures of each class to train on; all if left out.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the trained memory, for `dmn memory import`.")
+    ] = None,
+    encoder: EncoderOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Train the offsets of a label set on labelled pictures, and measure them on some that are held out."""
+    from . import school, training  # noqa: PLC0415 - as in serve
+
+    if learning_rate is not None and not 0 < learning_rate <= 1:
+        _stop(f"--learning-rate must be above 0 and at most 1; got {learning_rate}.")
+    if output is not None and not output.parent.is_dir():
+        _stop(f"{output.parent} is no folder that {output.name} could be written to.")
+    settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
+    options = training.Options(epochs=epochs, learning_rate=learning_rate, seed=seed)
+    told = asyncio.run(school.train_folder(settings, directory, options, shots=shots, output=output, console=err))
+    if as_json:
+        _print_json(told)
+    else:
+        out.print(school.result_table(told))
 
 
 @app.command()
