@@ -69,14 +69,15 @@ class Recipe:
 class Progress:
     """How far a training is: `phase` is "held-out" or "all", `done` its share of all there is to do, from 0 to 1.
 
-    `epoch` is the present pass of `epochs`, from 1, `loss` that of the last step, and `accuracy` that of text and
-    static branch together on the held-out shots after the last whole pass, in percent; None where none is known.
+    `epoch` is the present pass of `epochs`, from 1 (0: none has begun), `loss` that of the last step, and `accuracy`
+    that of text and static branch together on the held-out shots after the last whole pass, in percent; None where
+    none is known.
     """
 
     phase: str
     epoch: int
     epochs: int
-    loss: float
+    loss: float | None
     accuracy: float | None
     done: float
 
@@ -123,7 +124,7 @@ def train(
 
 
 def course(snapshot: Snapshot, recipe: Recipe, queries: Queries | None = None) -> Generator[Progress, None, Trained]:
-    """Yield after each step of a training, and return what it came to; whoever stops asking has ended it.
+    """Yield after each piece of a training, and return what it came to; whoever stops asking has ended it.
 
     Some shots of every class that has two or more are held out and the others trained on. The pass with the lowest
     loss on those held out is chosen, the untrained state among them, and all shots are trained on up to that pass.
@@ -177,6 +178,16 @@ def check(counts: Sequence[int]) -> None:
         )
 
 
+def needed_bytes(counts: Sequence[int], dim: int) -> int:
+    """Return about how many bytes of the device a training takes, for classes with so many shots.
+
+    All classes are padded to the largest. Held for each slot are ten vectors of its size, six rows of its class's Gram
+    matrix, and ten numbers for each query of a step: with their gradients, what was measured on 100 and 1000 classes.
+    """
+    width = 1 + max(counts, default=0)
+    return 4 * len(counts) * width * (10 * dim + 6 * width + 10 * BATCH)
+
+
 def _held_out(static: StaticMemory, generator: torch.Generator) -> Int[Tensor, " n"]:
     """Return the rows to hold out, some of each class that has two shots; none where fewer than two classes have."""
     chosen, start = [], 0
@@ -202,11 +213,11 @@ def _choose(
     keys, labels = shots_of(snapshot)
     exam = keys[out.to(keys.device)], labels[out].to(keys.device)
     untrained = chosen = run.offsets()
-    found, best = [_examined(run.lesson, untrained, *exam)], 0
+    found, best = [(yield from _examined(run, untrained, *exam))], 0
     for epoch in range(recipe.epochs):
         run.accuracy = found[-1][1]
         yield from run.once(epoch)
-        found.append(_examined(run.lesson, run.offsets(), *exam))
+        found.append((yield from _examined(run, run.offsets(), *exam)))
         if found[-1][0] < found[best][0]:
             best, chosen = epoch + 1, run.offsets()
     frozen = _only(snapshot, rest)
@@ -214,8 +225,8 @@ def _choose(
         projection=None,
         epochs=best,
         held_out=tuple(found),
-        before=_accuracies(frozen, *exam),
-        after=_accuracies(replace(frozen, projection=chosen), *exam),
+        before=(yield from _accuracies(run, frozen, *exam)),
+        after=(yield from _accuracies(run, replace(frozen, projection=chosen), *exam)),
     )
 
 
@@ -234,7 +245,8 @@ class _Run:
         span: tuple[float, float],
     ) -> None:
         self.lesson, self._queries, self._rows = lesson, queries, rows
-        self._phase, self._epochs, self._span = phase, epochs, span
+        self._epochs, self._span = epochs, span
+        self.standing = Progress(phase=phase, epoch=0, epochs=epochs, loss=None, accuracy=None, done=span[0])
         self._order = torch.Generator().manual_seed(recipe.seed)
         self._steps = -(-len(rows) // BATCH)
         self._planned, self._rate = recipe.epochs * self._steps, recipe.rate(lesson.tau)
@@ -260,14 +272,9 @@ class _Run:
         for step, batch in enumerate(order.split(BATCH), 1):
             last = self._step(x[batch], batch)
             total += last * len(batch)
-            yield Progress(
-                phase=self._phase,
-                epoch=epoch + 1,
-                epochs=self._epochs,
-                loss=last,
-                accuracy=self.accuracy,
-                done=first + (end - first) * (epoch + step / self._steps) / self._epochs,
-            )
+            done = first + (end - first) * (epoch + step / self._steps) / self._epochs
+            self.standing = replace(self.standing, epoch=epoch + 1, loss=last, accuracy=self.accuracy, done=done)
+            yield self.standing
         self.losses.append(total / len(x))
 
     def _step(self, x: Float[Tensor, "n d"], batch: Int[Tensor, " n"]) -> float:
@@ -309,20 +316,27 @@ def _only(snapshot: Snapshot, rows: Int[Tensor, " m"]) -> Snapshot:
 
 
 def _examined(
-    lesson: Lesson, projection: Projection, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]
-) -> tuple[float, float]:
+    run: _Run, projection: Projection, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]
+) -> Generator[Progress, None, tuple[float, float]]:
     """Return the loss of held-out shots, and the accuracy in percent of text and static branch together."""
-    with torch.no_grad():
-        parts = [branch_scores(lesson, projection, part) for part in x.split(BATCH)]
-        text, static = (torch.cat(own) for own in zip(*parts, strict=True))
-        right = (text.softmax(-1) + static.softmax(-1)).argmax(-1) == labels
-        return (cross_entropy(static, labels) + cross_entropy(text, labels)).item(), 100 * right.double().mean().item()
+    parts: list[tuple[Tensor, Tensor]] = []
+    for part in x.split(BATCH):
+        if parts:
+            yield run.standing
+        with torch.no_grad():
+            parts.append(branch_scores(run.lesson, projection, part))
+    text, static = (torch.cat(own) for own in zip(*parts, strict=True))
+    right = (text.softmax(-1) + static.softmax(-1)).argmax(-1) == labels
+    return (cross_entropy(static, labels) + cross_entropy(text, labels)).item(), 100 * right.double().mean().item()
 
 
-def _accuracies(snapshot: Snapshot, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> dict[str, float]:
+def _accuracies(
+    run: _Run, snapshot: Snapshot, x: Float[Tensor, "n d"], labels: Int[Tensor, " n"]
+) -> Generator[Progress, None, dict[str, float]]:
     """Return the accuracy in percent of each branch on images that the memory does not learn."""
     shelves, right = Shelves(snapshot), dict.fromkeys(("text", "static", "fused"), 0)
     for part, own in zip(x.split(BATCH), labels.split(BATCH), strict=True):
+        yield run.standing
         answers = classify(shelves, [Sample(views=row[None], id=at, learn=False) for at, row in enumerate(part)])
         for name in right:
             right[name] += int((getattr(answers, name).argmax(-1) == own).sum())

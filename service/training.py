@@ -19,7 +19,7 @@ from torch import Tensor
 
 from core.errors import UnfitShots
 from core.snapshot import Snapshot
-from core.training import DEFAULT_EPOCHS, Progress, Queries, Recipe, Trained, check, course
+from core.training import DEFAULT_EPOCHS, Progress, Queries, Recipe, Trained, check, course, needed_bytes
 
 from . import logs, snapshots, upkeep
 from .archive import check_fingerprint, encode_offsets, held_bytes, origin_of, snapshot_of, stack_features
@@ -54,6 +54,9 @@ KIND = "train"
 
 MOST_WAITING = 8
 """Trainings of this process that may be under way or wait for their turn."""
+
+MOST_BYTES = 2 << 30
+"""What a training may take of the device's memory: serving goes on beside it."""
 
 _TRIES = 3
 _PATIENCE_S = 300.0
@@ -120,11 +123,17 @@ def check_fit(rooms: Rooms, stored: StoredMemory) -> None:
     classes = stored.record.config.classes
     if not classes:
         raise NoClasses(f"The tenant {stored.record.name!r} has no classes yet.")
+    dim = rooms.encoder.dim
+    counts = [sum(bool(shot.feature) for shot in stored.shots.get(spec.id, ())) for spec in classes]
     try:
-        check([sum(bool(shot.feature) for shot in stored.shots.get(spec.id, ())) for spec in classes])
+        check(counts)
     except UnfitShots as error:
         raise InvalidRequest(str(error)) from error
-    dim = rooms.encoder.dim
+    if needed_bytes(counts, dim) > MOST_BYTES:
+        raise LimitExceeded(
+            f"Training {len(classes)} classes with up to {max(counts)} shots takes about {needed_bytes(counts, dim)} "
+            f"bytes; at most {MOST_BYTES} are allowed. Train on fewer shots a class."
+        )
     total = held_bytes(stored, dim) - stored.offsets.nbytes + OFFSETS * dim * torch.float32.itemsize * len(classes)
     if total > rooms.settings.tenant_max_bytes:
         raise LimitExceeded(

@@ -348,3 +348,10 @@ async def test_what_is_not_there_is_not_trained(house: House) -> None:
 async def test_offsets_that_have_no_room_are_refused_before_they_are_trained(build: Build) -> None:
     house = await taught(await build(tenant_max_bytes=2 * 12 * SoftEncoder.dim + 10))
     problem(await _train(house), "limit-exceeded")
+
+
+async def test_a_training_that_would_take_too_much_memory_is_refused(
+    school: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "MOST_BYTES", 10_000)
+    assert "Train on fewer shots" in problem(await _train(school), "limit-exceeded")["detail"]
