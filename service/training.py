@@ -154,8 +154,7 @@ async def _train(rooms: Rooms, tenant: str, options: Options, report: Report) ->
                 training = replace(training, id=_id_of(rows))
                 # Slots that are scored under other offsets may fall out of a full class.
                 await snapshots.before(rooms, tenant, "training")
-                await _swap(rooms, stored.record, StoredOffsets(training=training, rows=rows))
-                await _rescore(rooms, tenant)
+                await _put_in(rooms, stored, StoredOffsets(training=training, rows=rows))
             logs.event(logs.TRAINED, tenant=tenant, epochs=trained.epochs, shots=training.shots)
             return _told(trained, training)
     raise Contended
@@ -276,6 +275,25 @@ async def _encoded(rooms: Rooms, view: Tensor) -> Tensor:
 
 
 # What becomes of it ---------------------------------------------------------------------------------------------------
+
+
+async def _put_in(rooms: Rooms, stored: StoredMemory, offsets: StoredOffsets) -> None:
+    """Swap offsets in and have the slots scored under them; whoever cancels that gets the former ones back.
+
+    Raises:
+        Conflict: as for `_swap`.
+    """
+    tenant, swapping = stored.record.name, asyncio.create_task(_swap(rooms, stored.record, offsets))
+    try:
+        await asyncio.shield(swapping)
+        await _rescore(rooms, tenant)
+    except asyncio.CancelledError:
+        await asyncio.wait((swapping,))
+        if not swapping.cancelled() and swapping.exception() is None:
+            with suppress(Conflict, ServiceError):  # changed since, by someone else
+                await _swap(rooms, await rooms.archive.record(tenant), stored.offsets)
+                await _rescore(rooms, tenant)
+        raise
 
 
 async def _swap(rooms: Rooms, record: TenantRecord, offsets: StoredOffsets) -> None:

@@ -13,7 +13,7 @@ import pytest_asyncio
 from service import training
 from service.rooms import Rooms
 from tests.fakes import picture
-from tests.integration.conftest import CLASSES, PATIENCE_S, Build, House, SoftEncoder, problem
+from tests.integration.conftest import CLASSES, PATIENCE_S, Build, House, SoftEncoder, problem, until
 
 FAST = {"epochs": 5, "learning_rate": 0.01}
 
@@ -219,6 +219,38 @@ async def test_a_cancelled_training_leaves_everything_as_it_was(held: tuple[Hous
     assert (job["state"], job["result"]) == ("cancelled", None)
     assert await house.memory() == before
     assert not house.rooms.tutor.locked()
+
+
+@pytest.mark.parametrize("at", ["_swap", "_rescore"])
+async def test_who_cancels_at_the_last_moment_gets_the_former_offsets_back(
+    school: House, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    await school.classify(*(picture(colour, 50) for colour in CLASSES))
+    await trained(school)
+    before, banks = await school.memory(), await school.banks()
+    real, reached_, go_on = getattr(training, at), asyncio.Event(), asyncio.Event()
+
+    async def slow(*args: Any) -> Any:
+        done = await real(*args)
+        if not reached_.is_set():
+            reached_.set()
+            await go_on.wait()
+        return done
+
+    monkeypatch.setattr(training, at, slow)
+    id_ = (await start(school, **FAST, seed=9))["id"]
+    async with asyncio.timeout(PATIENCE_S):
+        await reached_.wait()
+    assert (await school.memory())["projections"] != before["projections"]
+    cancelling, task = asyncio.create_task(school.client.delete(f"/jobs/{id_}")), school.rooms.jobs._tasks[id_]
+    await until(lambda: task.cancelling() > 0)
+    go_on.set()
+    assert (await cancelling).status_code == 204
+    assert (await job_of(school, id_))["state"] == "cancelled"
+    assert (await school.memory())["projections"] == before["projections"]
+    assert {own: {one["slot"] for one in bank} for own, bank in (await school.banks()).items()} == {
+        own: {one["slot"] for one in bank} for own, bank in banks.items()
+    }
 
 
 async def test_one_trains_at_a_time_and_the_others_wait(held: tuple[House, Lesson]) -> None:
