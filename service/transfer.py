@@ -404,9 +404,10 @@ def _checked_metadata(found: Any) -> dict[str, str]:
     version = found.get("version")
     # Before anything else: another version may have other names.
     if version != VERSION:
+        named = f"is of version {_shown(version)}" if isinstance(version, str) else "does not say the version"
         raise InvalidRequest(
-            f"The file is of version {_shown(version)} of its format; this service reads version {VERSION!r}. Import "
-            "it with the release that wrote it, or export it anew."
+            f"The file {named} of its format; this service reads version {VERSION!r}. Import it with the release that "
+            "wrote it, or export it anew."
         )
     wanted = {**_METADATA, **({_TRAINING: _TRAINING_CHARS} if _TRAINING in found else {})}
     _check_names(found, wanted, "metadata")
