@@ -15,7 +15,7 @@ from .snapshot import Snapshot
 
 _NARROWEST = 4
 _FEWEST_ROWS = 4
-_AT_ONCE = 64
+_AT_ONCE = 32
 
 
 class Shelves:

@@ -51,5 +51,5 @@ class Snapshot:
         """
         shots = self.static.classes[index].keys
         own = self.dynamic.classes[index] if slots is None else slots
-        row = torch.cat((self.text[index : index + 1], shots.to(self.text), own.keys.to(self.text)))
+        row = torch.cat((self.text[index : index + 1], shots, own.keys))
         return row, 1 + len(shots)
