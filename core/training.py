@@ -88,7 +88,7 @@ class Trained:
 
     `projection` is None where no pass made the held-out loss lower: these shots are better off without. `losses` are
     the mean losses of the `epochs` passes over all shots, `held_out` loss and accuracy (percent, text and static branch
-    together) of the held-out ones after 0, 1, .. passes. `before` and `after` say how the whole method answers these,
+    together) of the held-out ones after 0, 1, .. passes. `before` and `after` say how the paper's method answers these,
     with an empty dynamic memory: accuracy in percent of text, static and fused. Where nothing could be held out
     `held_out` is empty and the two are None.
     """
@@ -302,7 +302,7 @@ def _scheduled(rate: float, share: float) -> float:
 
 
 def _only(snapshot: Snapshot, rows: Int[Tensor, " m"]) -> Snapshot:
-    """Return a label set with some of its shots, an empty dynamic memory and no offsets."""
+    """Return a label set with some of its shots, an empty dynamic memory, no offsets, and the paper's method."""
     keys, labels = shots_of(snapshot)
     own = [rows[labels[rows] == c] for c in range(len(snapshot.text))]
     shots = tuple(Shots(keys=keys[few.to(keys.device)], ids=tuple(few.tolist())) for few in own)
@@ -312,6 +312,7 @@ def _only(snapshot: Snapshot, rows: Int[Tensor, " m"]) -> Snapshot:
         static=StaticMemory(classes=shots),
         dynamic=DynamicMemory(classes=nothing, slots=snapshot.dynamic.slots),
         projection=None,
+        adaptation=None,
     )
 
 

@@ -195,7 +195,7 @@ async def _steps(rooms: Rooms, steps: Generator[Progress, None, Trained], share:
         if isinstance(told, Trained):
             return told
         values = {"phase": told.phase, "epoch": told.epoch, "epochs": told.epochs, "loss": told.loss}
-        report(share + (1 - share) * told.done, {**values, "held_out": told.accuracy})
+        report(share + (1 - share) * told.done, {**values, "held_out_accuracy": told.accuracy})
 
 
 def _next(steps: Generator[Progress, None, Trained]) -> Progress | Trained:

@@ -203,7 +203,7 @@ async def test_a_running_training_tells_pass_loss_accuracy_and_time(held: tuple[
     assert job["state"] == "running"
     assert 0 < job["progress"] < 1
     assert job["eta_s"] is not None
-    assert {"phase", "epoch", "epochs", "loss", "held_out"} == set(job["result"])
+    assert {"phase", "epoch", "epochs", "loss", "held_out_accuracy"} == set(job["result"])
     assert (job["result"]["phase"], job["result"]["epoch"]) == ("held-out", 3)
     lesson.go_on.set()
     assert (await ended(house, id_))["state"] == "done"
