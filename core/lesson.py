@@ -3,7 +3,8 @@
 The loss is the cross-entropy of the static scores, Eq. (7) to (11) and (13), plus that of the text scores, Eq. (14).
 The static memory holds the plain features of the shots. A query that is one of them, or a crop of the same image, would
 find itself there, and the offsets learn to trust what no later image has: so its own shot is left out, and with it one
-of every other class, as cosines between images are far above those between image and text.
+of every other class, as cosines between images are far above those between image and text. Only where a class has a
+single shot none is left out: the static branch would be that of the text, and nothing learned of images.
 """
 
 from __future__ import annotations

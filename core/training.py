@@ -249,6 +249,7 @@ class _Run:
         self.standing = Progress(phase=phase, epoch=0, epochs=epochs, loss=None, accuracy=None, done=span[0])
         self._order = torch.Generator().manual_seed(recipe.seed)
         self._steps = -(-len(rows) // BATCH)
+        self._leaves_out = int(lesson.counts.min()) > 1
         self._planned, self._rate = recipe.epochs * self._steps, recipe.rate(lesson.tau)
         self._taken = 0
         self.losses: list[float] = []
@@ -282,17 +283,13 @@ class _Run:
         with torch.inference_mode(mode=False), torch.enable_grad():
             self._adam.param_groups[0]["lr"] = _scheduled(self._rate, self._taken / self._planned)
             self._adam.zero_grad()
-            own = loss(
-                self.lesson,
-                Projection(**self._parameters),
-                x.clone(),
-                self.lesson.labels[batch],
-                self.lesson.ranks[batch],
-            )
-            own.backward()
+            lesson, own = self.lesson, Projection(**self._parameters)
+            ranks = lesson.ranks[batch] if self._leaves_out else None
+            value = loss(lesson, own, x.clone(), lesson.labels[batch], ranks)
+            value.backward()
             self._adam.step()
         self._taken += 1
-        return own.item()
+        return value.item()
 
 
 def _scheduled(rate: float, share: float) -> float:

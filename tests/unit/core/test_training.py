@@ -147,6 +147,18 @@ def test_one_shot_a_class_is_trained_on_whole() -> None:
     assert trained.held_out == ()
 
 
+def test_a_shot_is_left_out_where_its_class_has_another_and_kept_where_it_has_none() -> None:
+    """The first step's loss, before any offset has moved, tells what the static branch has read."""
+    for counts, left_out in (([1, 1, 1], False), ([1, 3, 3], False), ([2, 2, 2], True)):
+        snapshot = _teachable(counts)
+        lesson, zeros = lesson_of(snapshot), Projection.zeros(3, DIM)
+        ranks = lesson.ranks if left_out else None
+        first = [own for own in course(snapshot, Recipe(epochs=1)) if own.phase == "all"]
+        assert first
+        expected = loss(lesson, zeros, lesson.keys, lesson.labels, ranks).item()
+        assert [own.loss for own in first] == pytest.approx([expected] * len(first), rel=1e-5)
+
+
 def test_queries_of_their_own_are_trained_on_pass_by_pass() -> None:
     snapshot, asked = snapshot_of([1, 1]), []
 
