@@ -14,7 +14,7 @@ from core.lesson import lesson_of, loss
 from core.projection import Projection
 from core.shelves import Shelves
 from core.snapshot import Snapshot
-from core.training import MOST_UNEQUAL, Progress, Recipe, Trained, check, course, needed_bytes, train
+from core.training import MOST_UNEQUAL, Progress, Recipe, Trained, _Run, check, course, needed_bytes, train
 from tests.unit.core.test_lesson import DIM, snapshot_of
 
 FAST = Recipe(epochs=6, learning_rate=0.005)
@@ -153,10 +153,9 @@ def test_a_shot_is_left_out_where_its_class_has_another_and_kept_where_it_has_no
         snapshot = _teachable(counts)
         lesson, zeros = lesson_of(snapshot), Projection.zeros(3, DIM)
         ranks = lesson.ranks if left_out else None
-        first = [own for own in course(snapshot, Recipe(epochs=1)) if own.phase == "all"]
-        assert first
+        run = _Run(lesson, FAST, None, torch.arange(sum(counts)), phase="all", epochs=1, span=(0.0, 1.0))
         expected = loss(lesson, zeros, lesson.keys, lesson.labels, ranks).item()
-        assert [own.loss for own in first] == pytest.approx([expected] * len(first), rel=1e-5)
+        assert [step.loss for step in run.once(0)] == pytest.approx([expected], rel=1e-5)
 
 
 def test_queries_of_their_own_are_trained_on_pass_by_pass() -> None:
