@@ -132,7 +132,7 @@ def course(snapshot: Snapshot, recipe: Recipe, queries: Queries | None = None) -
     offsets on the same machine, whatever other threads do.
 
     Raises:
-        UnfitShots: as `check` says.
+        UnfitShots: as `check` says, or the offsets went out of bounds.
     """
     check([len(shots) for shots in snapshot.static.classes])
     rows = torch.arange(sum(map(len, snapshot.static.classes)))
@@ -152,7 +152,10 @@ def course(snapshot: Snapshot, recipe: Recipe, queries: Queries | None = None) -
     run.accuracy = found.held_out[found.epochs][1] if found.held_out else None
     for epoch in range(found.epochs):
         yield from run.once(epoch)
-    return replace(found, projection=run.offsets() if found.epochs else None, losses=tuple(run.losses))
+    offsets = run.offsets()
+    if not all(getattr(offsets, field.name).isfinite().all() for field in fields(Projection)):
+        raise UnfitShots("The training did not hold: an offset is no number any more. Take a smaller learning rate.")
+    return replace(found, projection=offsets if found.epochs else None, losses=tuple(run.losses))
 
 
 def check(counts: Sequence[int]) -> None:

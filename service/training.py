@@ -201,6 +201,8 @@ async def _steps(rooms: Rooms, steps: Generator[Progress, None, Trained], share:
 def _next(steps: Generator[Progress, None, Trained]) -> Progress | Trained:
     try:
         return next(steps)
+    except UnfitShots as error:
+        raise InvalidRequest(str(error)) from error
     except StopIteration as end:
         trained: Trained = end.value
         return trained

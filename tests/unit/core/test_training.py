@@ -204,6 +204,12 @@ def test_unfit_shots_are_refused_with_the_reason(counts: list[int], why: str) ->
         train(snapshot_of(counts), FAST)
 
 
+def test_a_training_that_runs_out_of_numbers_ends_with_a_reason() -> None:
+    endless = torch.full((2, DIM), torch.inf)
+    with pytest.raises(UnfitShots, match="smaller learning rate"):
+        train(snapshot_of([1, 1]), FAST, lambda _: endless)
+
+
 def test_shots_just_equal_enough_are_taken() -> None:
     check([1, MOST_UNEQUAL])
 
