@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .frozen import Frozen, trust
+from .frozen import Frozen, as_statistics, trust
 from .static import StaticMemory
 from .statistics import SHARPER, TEMPERATURES, Statistics, counted
 from .whitening import cosines, precision
@@ -40,6 +40,9 @@ RIDGE = 4.0
 _PATIENCE = 32
 """Images after which directions are made anew, or a 32nd part of all; and images before a temperature counts half."""
 
+FULL = 1 << 23
+"""Images after which no more are counted: float32 sums would soon not feel one more."""
+
 _NEGLIGIBLE = 1e-4
 _LEAST, _MOST = -2.0, 2.0
 _TINY = 1e-12
@@ -47,7 +50,10 @@ _TINY = 1e-12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Directions:
-    """What is read of the statistics: g `d`, P `d d`, the directions A_c P `c d`, A_c' P A_c `c`, w and temperature."""
+    """What is read of the statistics: g `d`, P `d d`, the directions A_c P `c d`, A_c' P A_c `c`, and w.
+
+    `temperature` is a logarithm, Eq. (22).
+    """
 
     centre: Float[Tensor, " d"]
     precision: Float[Tensor, "d d"]
@@ -55,6 +61,11 @@ class Directions:
     squares: Float[Tensor, " c"]
     weight: float
     temperature: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(part.nbytes for part in (self.centre, self.precision, self.directions, self.squares))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +89,9 @@ class Adaptation:
         text: Float[Tensor, "c d"], static: StaticMemory, tau: float, statistics: Statistics | None = None
     ) -> Adaptation:
         """Return the adaptation of a label set and its shots, with what was counted before, if anything."""
-        shots = _as_statistics(static, text)
+        shots = as_statistics(static, text)
         known = Statistics.zeros(*text.shape, device=text.device) if statistics is None else statistics
-        frozen = trust(static, text, tau)
+        frozen = trust(static, shots, text, tau)
         return Adaptation(
             tau=tau,
             text=text,
@@ -101,13 +112,8 @@ class Adaptation:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        made = self.directions
-        return (
-            self.shots.nbytes
-            + self.statistics.nbytes
-            + sum(part.nbytes for part in (made.centre, made.precision, made.directions, made.squares))
-        )
+        """Bytes held; the class weights are the label set's own."""
+        return self.shots.nbytes + self.statistics.nbytes + self.directions.nbytes + self.frozen.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +140,7 @@ def adapt(
 
     `text` are log probabilities of the text head, `frozen` the scores of the frozen branches, Eq. (17).
     """
-    fresh = torch.tensor(count, device=x.device)
+    fresh = torch.tensor(count, device=x.device) & (adaptation.statistics.images < FULL)
     responsible = _responsible(frozen)
     reference = frozen * adaptation.frozen.sharpness if adaptation.frozen.held_out else text
     now, new, read = adaptation, Statistics.zeros(*adaptation.text.shape, device=x.device), []
@@ -239,17 +245,3 @@ def _directions(
         weight=frozen.weight + max(tau - frozen.weight, 0.0) * seen / (seen + RAMP * len(text)),
         temperature=temperature(traffic),
     )
-
-
-def _as_statistics(static: StaticMemory, text: Float[Tensor, "c d"]) -> Statistics:
-    """Return the shots as images whose classes are known."""
-    classes, dim = text.shape
-    if not static.filled:
-        return Statistics.zeros(classes, dim, device=text.device)
-    keys = torch.cat([shots.keys.to(text) for shots in static.classes])
-    labels = torch.arange(classes, device=text.device).repeat_interleave(
-        torch.tensor([len(shots) for shots in static.classes], device=text.device)
-    )
-    owners = torch.nn.functional.one_hot(labels, classes).to(text)
-    none = text.new_zeros(len(keys), TEMPERATURES)
-    return counted(keys, owners, none, none[:, 0])

@@ -14,14 +14,17 @@ nothing to leave out, and the shots count for what the text head is wrong about.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from .static import StaticMemory
+from .statistics import Statistics
 from .whitening import cosines, precision
 
 WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -36,7 +39,8 @@ _CELLS = 1 << 19
 _FEWEST_ROWS = 256
 _DISTRUST = 2.0
 _DOUBT = 0.1
-_TINY = 1e-9
+_FLAT = 0.01
+_AT_ONCE = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,11 @@ class Shown:
     precision: Float[Tensor, "d d"]
     directions: Float[Tensor, "c d"]
     squares: Float[Tensor, " c"]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(part.nbytes for part in (self.centre, self.precision, self.directions, self.squares))
 
     def read(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
         """Return z0, in [-1, 1]; 0 for a class without shots."""
@@ -66,74 +75,103 @@ class Frozen:
     sharpness: float = 1.0
     held_out: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.shown is None else self.shown.nbytes
+
     def scores(self, text: Float64[Tensor, "n c"], x: Float[Tensor, "n d"]) -> Float64[Tensor, "n c"]:
         """Return F, Eq. (17), for the text head's log probabilities."""
         return text if self.shown is None else text + self.weight * self.shown.read(x)
 
 
-def trust(static: StaticMemory, text: Float[Tensor, "c d"], tau: float) -> Frozen:
+def as_statistics(static: StaticMemory, text: Float[Tensor, "c d"]) -> Statistics:
+    """Return the shots as images whose classes are known, in float32; some at a time, however many they are."""
+    both = Statistics.zeros(*text.shape, device=text.device)
+    there = [c for c, shots in enumerate(static.classes) if len(shots)]
+    for some in _stretches(there, [len(static.classes[c]) for c in there]):
+        keys = torch.cat([static.classes[c].keys.to(text) for c in some])
+        numbers = torch.tensor([len(static.classes[c]) for c in some], device=text.device)
+        both = _taken(both, keys, torch.tensor(some, device=text.device).repeat_interleave(numbers), 1)
+    return both
+
+
+def trust(static: StaticMemory, shots: Statistics, text: Float[Tensor, "c d"], tau: float) -> Frozen:
     """Return the frozen branches of a tenant, weighed by its shots; the text head alone where there are none.
 
-    `text` are the class weights as they are, without offsets: those may have been trained on the very shots.
+    `shots` are the statistics of the static memory. `text` are the class weights as they are, without offsets: those
+    may have been trained on the very shots.
     """
     if not static.filled:
         return Frozen()
-    keys = torch.cat([shots.keys.to(text) for shots in static.classes])
-    numbers = torch.tensor([len(shots) for shots in static.classes], device=text.device)
+    numbers, shown = shots.counts.long(), _shown(shots)
     labels = torch.arange(len(numbers), device=text.device).repeat_interleave(numbers)
-    sums, shown = _Sums.of(keys, labels, len(text)), _Sums.of(keys, labels, len(text)).shown()
     rows = max(_FEWEST_ROWS, _CELLS // len(text))
     some = _evenly(torch.arange(len(labels), device=text.device), rows)
-    scores, known = tau * keys[some] @ text.T, labels[some]
+    keys, known = _keys(static, some, text), labels[some]
+    scores = tau * keys @ text.T
     expected = _distrust(scores, known)
     held = list(_left_out(numbers, rows))
     if not held:
-        unit = _spread_of_others(scores, known) / _spread_of_others(shown.read(keys[some]), known)
+        unit = _unit(_spread_of_others(scores, known), _spread_of_others(shown.read(keys), known))
         return Frozen(shown=shown, weight=expected * unit)
     # All of a fold are left out, and some of them are read.
-    read = [(_evenly(out, rows // len(held)), sums.without(keys[out], labels[out]).shown()) for out in held]
-    z = torch.cat([left.read(keys[out]) for out, left in read])
-    out = torch.cat([out for out, _ in read])
-    scores = tau * keys[out] @ text.T
-    unit = (scores.std(-1, correction=0).mean() / z.std(-1, correction=0).mean().clamp_min(_TINY)).item()
-    weight, sharpness = _likeliest(scores, unit * z, labels[out], expected)
-    return Frozen(shown=shown, weight=weight * unit, sharpness=sharpness, held_out=len(out))
+    read = [_evenly(out, rows // len(held)) for out in held]
+    without = [_shown(_taken(shots, _keys(static, out, text), labels[out], -1)) for out in held]
+    keys, known = _keys(static, torch.cat(read), text), labels[torch.cat(read)]
+    z = torch.cat([left.read(own) for left, own in zip(without, keys.split([len(r) for r in read]), strict=True)])
+    scores = tau * keys @ text.T
+    unit = _unit(*(float(each.std(-1, correction=0).mean()) for each in (scores, z)))
+    weight, sharpness = _likeliest(scores, unit * z, known, expected)
+    return Frozen(shown=shown, weight=weight * unit, sharpness=sharpness, held_out=len(known))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Sums:
-    """Sum and number of each class's shots, and the sum of the outer products of all."""
+def _stretches(classes: list[int], numbers: list[int]) -> Iterator[list[int]]:
+    """Yield classes in order, as many together as have so many shots."""
+    some: list[int] = []
+    held = 0
+    for c, number in zip(classes, numbers, strict=True):
+        some.append(c)
+        held += number
+        if held >= _AT_ONCE:
+            yield some
+            some, held = [], 0
+    if some:
+        yield some
 
-    sums: Float[Tensor, "c d"]
-    counts: Float[Tensor, " c"]
-    second: Float[Tensor, "d d"]
 
-    @staticmethod
-    def of(keys: Float[Tensor, "m d"], labels: Int[Tensor, " m"], classes: int) -> _Sums:
-        none = keys.new_zeros(classes, keys.shape[-1])
-        return _Sums(
-            sums=none.index_add(0, labels, keys),
-            counts=labels.bincount(minlength=classes).to(keys),
-            second=keys.T @ keys,
-        )
+def _keys(static: StaticMemory, rows: Int[Tensor, " n"], text: Float[Tensor, "c d"]) -> Float[Tensor, "n d"]:
+    """Return some of all shots, by their numbers in the order of classes."""
+    firsts = [0, *accumulate(len(shots) for shots in static.classes)]
+    places = [(bisect_right(firsts, row) - 1, row) for row in rows.tolist()]
+    return torch.stack([static.classes[c].keys[row - firsts[c]] for c, row in places]).to(text)
 
-    def without(self, keys: Float[Tensor, "m d"], labels: Int[Tensor, " m"]) -> _Sums:
-        gone = _Sums.of(keys, labels, len(self.counts))
-        return _Sums(sums=self.sums - gone.sums, counts=self.counts - gone.counts, second=self.second - gone.second)
 
-    def shown(self) -> Shown:
-        """Return the shots as a classifier; in a round space while they are too few to tell its shape."""
-        there = self.counts > 0
-        means = self.sums[there] / self.counts[there, None]
-        centre = means.mean(0)
-        within = self.second - (means * self.counts[there, None]).T @ means
-        differences = float((self.counts[there] - 1).sum())
-        enough = differences if differences >= len(means) else 0.0
-        shape = precision(within / max(differences, 1.0), enough, ridge=RIDGE)
-        apart = torch.zeros_like(self.sums)
-        apart[there] = means - centre
-        directions = apart @ shape
-        return Shown(centre=centre, precision=shape, directions=directions, squares=(directions * apart).sum(-1))
+def _taken(both: Statistics, keys: Float[Tensor, "m d"], labels: Int[Tensor, " m"], sign: int) -> Statistics:
+    """Return the statistics with some shots more, or with `sign` -1 without them."""
+    return replace(
+        both,
+        sums=both.sums.index_add(0, labels, keys, alpha=sign),
+        counts=both.counts + sign * labels.bincount(minlength=len(both.counts)),
+        total=both.total + sign * keys.sum(0),
+        second=both.second + sign * keys.T @ keys,
+        images=both.images + sign * len(keys),
+    )
+
+
+def _shown(shots: Statistics) -> Shown:
+    """Return the shots as a classifier; in a round space while they are too few to tell its shape."""
+    there = shots.counts > 0
+    means = shots.sums[there] / shots.counts[there, None]
+    centre = means.mean(0)
+    within = shots.second - (means * shots.counts[there, None]).T @ means
+    differences = float((shots.counts[there] - 1).sum())
+    enough = differences if differences >= len(means) else 0.0
+    shape = precision(within / max(differences, 1.0), enough, ridge=RIDGE)
+    apart = torch.zeros_like(shots.sums)
+    apart[there] = means - centre
+    directions = apart @ shape
+    return Shown(centre=centre, precision=shape, directions=directions, squares=(directions * apart).sum(-1))
 
 
 def _left_out(numbers: Int[Tensor, " c"], rows: int) -> Iterator[Int[Tensor, " m"]]:
@@ -158,10 +196,14 @@ def _distrust(scores: Float[Tensor, "m c"], labels: Int[Tensor, " m"]) -> float:
 
 
 def _spread_of_others(scores: Float[Tensor, "m c"], labels: Int[Tensor, " m"]) -> float:
-    """Return how far the scores of the classes that a shot is not of spread: of its own class it is a part."""
-    others = scores.scatter(1, labels[:, None], torch.nan)
-    middle = others.nanmean(-1, keepdim=True)
-    return max(float(torch.nan_to_num((others - middle).square().nanmean(-1)).sqrt().mean()), _TINY)
+    """Return how far from their mean the scores of the classes that a shot is not of are: of its own it is a part."""
+    apart = (scores - scores.mean(-1, keepdim=True)).scatter(1, labels[:, None], 0.0)
+    return float((apart.square().sum(-1) / max(scores.shape[-1] - 1, 1)).sqrt().mean())
+
+
+def _unit(text: float, shots: float) -> float:
+    """Return the weight at which the shots' scores spread as far as the text's; 0 where they tell nothing apart."""
+    return text / shots if shots > _FLAT else 0.0
 
 
 def _likeliest(

@@ -2,8 +2,9 @@
 
     S_c = sum r_c x,   s_c = sum r_c,   G = sum x,   M = sum x x',   n = sum 1,
 
-with r the responsibilities of the frozen branches, so that nothing that is counted depends on what was counted
-before. Sums have no order and add up: replicas count apart, and what they counted together is the sum of theirs.
+with r the responsibilities of the frozen branches, so that these do not depend on what was counted before: any order
+of a stream gives the same. Agreement alone is counted of answers as they were given, and so depends a little on the
+order. All of them are sums and add up: replicas count apart, and what they counted together is the sum of theirs.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ from torch import Tensor
 
 _FLOOR = 1e-4
 _FLAT = 1e-3
-_TINY = 1e-12
+_NOTHING = 1e-9
+"""A squared length below this is what rounding leaves of a difference."""
 
 
 def precision(scatter: Float[Tensor, "d d"], count: float, *, ridge: float) -> Float[Tensor, "d d"]:
@@ -24,12 +25,27 @@ def precision(scatter: Float[Tensor, "d d"], count: float, *, ridge: float) -> F
         return sphere
     rho = ridge * dim / (count + ridge * dim)
     shape = (1 - rho) * dim / spread * scatter + (rho + _FLOOR) * sphere
-    return torch.cholesky_inverse(torch.linalg.cholesky(shape))
+    return torch.cholesky_inverse(_factor(shape))
 
 
 def cosines(
     onto: Float[Tensor, "n c"], squares: Float[Tensor, " c"] | Float[Tensor, "n c"], own: Float[Tensor, " n"]
 ) -> Float[Tensor, "n c"]:
-    """Return A' P v / sqrt(A' P A  v' P v) from the three products; 0 where a direction has no length."""
-    lengths = (squares * own[:, None]).clamp_min(0.0).sqrt()
-    return torch.where(lengths > _TINY, onto / lengths.clamp_min(_TINY), 0.0)
+    """Return A' P v / sqrt(A' P A  v' P v) from the three products; 0 where A or v has no length."""
+    there = (squares > _NOTHING) & (own[:, None] > _NOTHING)
+    lengths = squares.clamp_min(_NOTHING).sqrt() * own[:, None].clamp_min(_NOTHING).sqrt()
+    return torch.where(there, onto / lengths, 0.0)
+
+
+def _factor(shape: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Return the Cholesky factor of a matrix, made rounder where rounding left it with a spread below zero.
+
+    That happens to float32 sums of many images that hardly differ. The least eigenvalue tells how much rounding did.
+    """
+    factor: Float[Tensor, "d d"]
+    factor, fault = torch.linalg.cholesky_ex(shape)
+    if int(fault):
+        rounding = torch.linalg.eigvalsh(shape)[0].abs()
+        sphere = torch.eye(len(shape), dtype=shape.dtype, device=shape.device)
+        factor = torch.linalg.cholesky(shape + (2.0 * rounding + _FLOOR) * sphere)
+    return factor
