@@ -44,6 +44,7 @@ FULL = 1 << 23
 """Images after which no more are counted: float32 sums would soon not feel one more."""
 
 _NEGLIGIBLE = 1e-4
+_AGREED = 1e-3
 _LEAST, _MOST = -2.0, 2.0
 _TINY = 1e-12
 
@@ -156,20 +157,26 @@ def adapt(
 
 
 def temperature(statistics: Statistics) -> float:
-    """Return the logarithm of the temperature, Eq. (22): where agreement falls to what the frozen branches claim.
+    """Return the logarithm of the temperature, Eq. (22): where agreement is what the frozen branches claim.
 
-    It moves away from 0 as images come: n / (n + 32) of the way.
+    Of all where it is, within a thousandth, that nearest to 0: where most images are sure under many temperatures,
+    rounding must not choose. It moves away from 0 as images come: n / (n + 32) of the way.
     """
     images = float(statistics.images)
     if images <= 0:
         return 0.0
     above = ((statistics.agreed - statistics.sure) / images).tolist()
-    steps = torch.linspace(_LEAST, _MOST, TEMPERATURES).tolist()
-    at = next((k for k, gap in enumerate(above) if gap <= 0), TEMPERATURES - 1)
-    found = steps[at]
-    if at > 0 and above[at] <= 0:
-        found -= (steps[at] - steps[at - 1]) * above[at] / min(above[at] - above[at - 1], -_TINY)
+    found = min(max(0.0, _falls_to(_AGREED, above)), _falls_to(-_AGREED, above))
     return float(found * images / (images + _PATIENCE))
+
+
+def _falls_to(level: float, above: Sequence[float]) -> float:
+    """Return the first logarithm of a temperature at which what agreement is above the claim has fallen to a level."""
+    at = next((k for k, gap in enumerate(above) if gap <= level), None)
+    if at is None or at == 0:
+        return _MOST if at is None else _LEAST
+    share = (above[at - 1] - level) / (above[at - 1] - above[at])
+    return _LEAST + (at - 1 + share) * (_MOST - _LEAST) / (TEMPERATURES - 1)
 
 
 def _responsible(frozen: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:

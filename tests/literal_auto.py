@@ -173,18 +173,23 @@ def level(scores: Vector, reference: Vector) -> Vector:
 
 
 def eq_22(traffic: Sums) -> float:
-    """The logarithm of a temperature at which agreement is what the frozen branches claim; n / (n + 32) of it."""
+    """The log of the temperature nearest to 1 at which agreement is what the frozen branches claim, within 1e-3.
+
+    Of that, n / (n + 32).
+    """
     if traffic.images == 0:
         return 0.0
     gaps = [(agreed - traffic.sure) / traffic.images for agreed in traffic.agreed]
-    found = STEPS[-1]
-    for k, gap in enumerate(gaps):
-        if gap <= 0:
-            found = STEPS[k]
-            if k > 0:
-                found = STEPS[k - 1] + 0.25 * gaps[k - 1] / (gaps[k - 1] - gap)
-            break
-    return found * traffic.images / (traffic.images + 32)
+    ends = []
+    for wanted in (1e-3, -1e-3):
+        found = STEPS[-1]
+        for k, gap in enumerate(gaps):
+            if gap <= wanted:
+                found = STEPS[k] if k == 0 else STEPS[k - 1] + 0.25 * (gaps[k - 1] - wanted) / (gaps[k - 1] - gap)
+                break
+        ends.append(found)
+    nearest = ends[0] if ends[0] > 0 else min(ends[1], 0.0)
+    return nearest * traffic.images / (traffic.images + 32)
 
 
 @dataclass

@@ -101,11 +101,13 @@ def test_before_any_image_the_answer_is_the_text_heads() -> None:
     ("agreed", "sure", "expected"),
     [
         ([1.0 - k / 16 for k in range(17)], 0.5, 0.0),  # agreement falls to a half at the middle step
-        ([1.0 - k / 16 for k in range(17)], 0.46875, 0.125),  # between two steps
+        ([1.0 - k / 16 for k in range(17)], 0.46775, 0.125),  # to a thousandth above it between two steps
+        ([1.0 - k / 16 for k in range(17)], 0.53225, -0.125),  # to a thousandth below it
         ([1.0] * 17, 0.5, 2.0),  # nothing is soft enough
         ([0.2] * 17, 0.5, -2.0),  # nothing is sharp enough
-        ([0.9] * 8 + [0.1] * 9, 0.5, -0.125),
-        ([0.5] * 17, 0.5, -2.0),
+        ([0.5] * 17, 0.5, 0.0),  # everything is as it should be
+        ([0.5 + 1e-7] * 4 + [0.5 - 1e-7] * 13, 0.5, 0.0),  # everything is, but for rounding
+        ([0.501] * 6 + [0.301] * 11, 0.5, -0.7475),  # what is agreed nearest to 0 is at a fall
     ],
 )
 def test_temperatures_worked_by_hand(agreed: list[float], sure: float, expected: float) -> None:
@@ -194,6 +196,7 @@ def test_identical_images_are_answered_by_the_text_head() -> None:
     """They differ from their mean by rounding alone, which has no direction."""
     text, static, x = _world(4, 64, 0, 1)
     adaptation, head = Adaptation.begin(text, static, 20.0), (20 * x @ text.T).softmax(-1)
+    adaptation = _scored(adaptation, x).adaptation
     for _ in range(12):
         got = _scored(adaptation, x.expand(32, -1))
         adaptation = got.adaptation
