@@ -22,6 +22,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python tests/bench/bench_readout.py
+	$(BIN)/python tests/bench/bench_auto.py
 	$(BIN)/python tests/bench/bench_resident.py
 	$(BIN)/python tests/bench/bench_store.py
 
