@@ -13,7 +13,7 @@ from typing import Literal
 
 from core.fusion import DEFAULT_WEIGHTS, BranchWeights
 from core.prompts import DEFAULT_TEMPLATES, PLACEHOLDER, prompts_of
-from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS
+from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method
 
 from .errors import DuplicateClass, InvalidRequest, LimitExceeded, UnknownClass
 from .settings import Settings
@@ -48,6 +48,7 @@ class TenantConfig:
     weights: BranchWeights = DEFAULT_WEIGHTS
     learn: bool = True
     retention: Retention = "features"
+    method: Method = "auto"
 
     def prompts(self, spec: ClassSpec) -> tuple[str, ...]:
         """Return every prompt of a class: the templates filled with its name, and its own sentences."""
@@ -60,13 +61,16 @@ class TenantConfig:
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """Return the configuration as a store keeps it."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        """Return the configuration as a store keeps it; `dmn` is what versions knew that had no other method."""
+        values = asdict(self)
+        if self.method == "dmn":
+            del values["method"]
+        return json.dumps(values, ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str | bytes) -> TenantConfig:
         """Return the configuration that `to_json` wrote."""
-        values = json.loads(text)
+        values = {"method": "dmn", **json.loads(text)}
         classes = tuple(ClassSpec(name=one["name"], prompts=tuple(one["prompts"])) for one in values.pop("classes"))
         a1, a2, a3 = values.pop("weights")
         return TenantConfig(

@@ -16,6 +16,8 @@ from enum import StrEnum
 from hashlib import sha1
 from typing import Any, Protocol
 
+import numpy as np
+
 from core.dynamic import Outcome
 
 from ..errors import StoreDown
@@ -147,6 +149,41 @@ class StoredOffsets:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StoredStatistics:
+    """Class statistics, little-endian float32: by class id s_c and S_c in one row; what is of no class in `shared`.
+
+    That is n, G, M, and what calibration needs, in this order; nothing where no image was counted.
+    """
+
+    rows: Mapping[str, bytes] = field(default_factory=dict)
+    shared: bytes = b""
+
+    @staticmethod
+    def total(parts: Iterable[StoredStatistics]) -> StoredStatistics:
+        """Return the sum of what was counted apart."""
+        rows: dict[str, bytes] = {}
+        shared = b""
+        for part in parts:
+            shared = _added(shared, part.shared)
+            for class_id, row in part.rows.items():
+                rows[class_id] = _added(rows.get(class_id, b""), row)
+        return StoredStatistics(rows=rows, shared=shared)
+
+
+SEED = "seed"
+"""The counter of the statistics that a life begins with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Count:
+    """What one counter has counted by its write number `seq`, `idle_s` seconds ago by the store's clock."""
+
+    seq: int
+    statistics: StoredStatistics
+    idle_s: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PushCandidate:
     """A sample that the worker's copy would take: for the store to decide on."""
 
@@ -193,7 +230,8 @@ class TenantRecord:
 
     `origin` says in words what `fingerprint` is a hash of; `labelling` is the labelling version that the dynamic slots
     were scored under; `created` is when the tenant was made, wall time in seconds. `training` is there where the tenant
-    has trained offsets.
+    has trained offsets. `shown` is a hash of which shots there are, in whatever order they came; `life` is that of the
+    class statistics, another one whenever they begin anew.
     """
 
     name: str
@@ -204,11 +242,13 @@ class TenantRecord:
     origin: Mapping[str, str] = field(default_factory=dict)
     created: float = field(default=0.0, compare=False)
     training: Training | None = None
+    shown: str = ""
+    life: int = field(default=0, compare=False)
 
     @property
     def due_labelling(self) -> str:
-        """The labelling version that the slots should be scored under: offsets move the text head too, Eq. (2)."""
-        return labelling_of(self.config, self.training)
+        """The labelling version that the slots should be scored under."""
+        return labelling_of(self.config, self.training, self.shown)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +256,7 @@ class StoredMemory:
     """Everything of one tenant, read at one moment; slots and shots by class id, shots in the order of their ids.
 
     `barred` are the class and slot ids that were purged and may not come back until their class is emptied; `offsets`
-    are those that `record.training` tells of.
+    are those that `record.training` tells of. `counts` are the class statistics of the record's life, by counter.
     """
 
     record: TenantRecord
@@ -224,6 +264,12 @@ class StoredMemory:
     shots: Mapping[str, tuple[StoredShot, ...]]
     barred: frozenset[tuple[str, str]] = frozenset()
     offsets: StoredOffsets = field(default_factory=StoredOffsets)
+    counts: Mapping[str, Count] = field(default_factory=dict)
+
+    @property
+    def statistics(self) -> StoredStatistics:
+        """The class statistics of all counters together."""
+        return StoredStatistics.total(count.statistics for _, count in sorted(self.counts.items()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -336,13 +382,15 @@ class MemoryStore(Protocol):
         barred: Iterable[tuple[str, str]] = (),
         shots: Iterable[StoredShot] | None = None,
         offsets: StoredOffsets | None = None,
+        statistics: StoredStatistics | None = None,
     ) -> Stamp:
         """Create a tenant (`expected` None) or replace its configuration and what is given of its memories, at once.
 
         What is not given stays, except slots, shots and offsets of classes that the configuration lacks (then as
         `Training.without` says), and what was made with another fingerprint: slots and offsets go, and of the shots
         those stay, without a feature, whose image is kept. With slots come the ids that are barred from their classes;
-        one that has a slot is not.
+        one that has a slot is not. And with slots class statistics begin a new life, with those given, if any: what was
+        counted under another label set does not add up with what will be.
         Readers see everything before or everything after.
 
         Raises:
@@ -393,6 +441,30 @@ class MemoryStore(Protocol):
     async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
         """Remove one dynamic slot, and bar its id until its class is emptied; return whether it was there."""
 
+    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> bool:
+        """Write what a counter has counted so far in this life: the rows that changed since its write `seq`, or all.
+
+        False, and nothing is written, if its counts have been folded into others: go on with another counter. Who reads
+        meanwhile may find some images counted in part.
+
+        Raises:
+            ReloadNeeded: the tenant is in another epoch; nothing was written.
+        """
+
+    async def counts(self, tenant: str, at: Stamp, known: Mapping[str, int]) -> tuple[Mapping[str, Count], set[str]]:
+        """Return what counters have counted, but for those of whom the write is known; and the names of all.
+
+        Raises:
+            ReloadNeeded: the tenant is in another epoch.
+        """
+
+    async def fold(self, tenant: str, at: Stamp, counts: Mapping[str, Count], into: str) -> bool:
+        """Put the sum of some counters in their place, under a name; False if one of them has moved on.
+
+        Raises:
+            ReloadNeeded: the tenant is in another epoch; nothing was changed.
+        """
+
     async def digests(self, tenant: str, at: Stamp, class_ids: Sequence[str]) -> Mapping[str, str]:
         """Return `digest_of` the dynamic slots of some classes.
 
@@ -438,11 +510,32 @@ class MemoryStore(Protocol):
         """Let go of connections."""
 
 
-def labelling_of(config: TenantConfig, training: Training | None) -> str:
-    """Return the hash of whatever decides which label an image gets: classes, prompts, and trained offsets."""
-    if training is None:
+def labelling_of(config: TenantConfig, training: Training | None, shown: str = "") -> str:
+    """Return the hash of whatever decides which label an image gets.
+
+    Classes and prompts; trained offsets, which move the text head too, Eq. (2); with `auto` the shots, Eq. (17).
+    """
+    said = [config.labelling]
+    if training is not None:
+        said.append(training.id)
+    if config.method == "auto" and shown:
+        said.append(f"shots {shown}")
+    if len(said) == 1:
         return config.labelling
-    return sha1(f"{config.labelling} {training.id}".encode(), usedforsecurity=False).hexdigest()[:16]
+    return sha1(" ".join(said).encode(), usedforsecurity=False).hexdigest()[:16]
+
+
+def shown_of(ids: Iterable[str]) -> str:
+    """Return the hash of a set of shots that `TenantRecord.shown` is: a sum, so that one may come or go by itself."""
+    total = sum(int(sha1(id_.encode(), usedforsecurity=False).hexdigest()[:12], 16) for id_ in ids) % (1 << 48)
+    return f"{total:012x}" if total else ""
+
+
+def _added(one: bytes, other: bytes) -> bytes:
+    """Return the sum of little-endian float32 numbers, entry by entry; b"" counts as zeros."""
+    if not one or not other:
+        return one or other
+    return (np.frombuffer(one, "<f4") + np.frombuffer(other, "<f4")).astype("<f4").tobytes()
 
 
 def digest_of(ids: Sequence[str], entropies: Sequence[float]) -> str:

@@ -11,8 +11,9 @@ TENANTS = "dmn:tenants"
 class Keys:
     """The keys of one tenant.
 
-    A *bank* holds all dynamic slots, a *pile* all shots, a *frame* all trained offsets. Each has a number, that of the
-    epoch that it was written for; the configuration names the ones that are read.
+    A *bank* holds all dynamic slots, a *pile* all shots, a *frame* all trained offsets, a *life* all class
+    statistics. Each has a number, that of the epoch that it was written for; the configuration names the ones that are
+    read.
     """
 
     __slots__ = ("_root",)
@@ -25,7 +26,7 @@ class Keys:
         """Hash: what `TenantRecord` has, and `format`, `slots`, `bank`, `pile`, `settled`; see `lua/replace.lua`.
 
         And `mark`, that of the present version, and `base`, that of the settled one; `frame` and `training` where there
-        are trained offsets.
+        are trained offsets; `shown`, hash of the shots that there are; `life`, that of the class statistics.
         """
         return f"{self._root}:cfg"
 
@@ -81,6 +82,19 @@ class Keys:
     def offsets(self, frame: int) -> str:
         """Hash of trained offsets: class id -> 5 D little-endian float32."""
         return f"{self._root}:o{frame}"
+
+    @property
+    def lives(self) -> str:
+        """Set of the numbers of lives that have keys."""
+        return f"{self._root}:lives"
+
+    def counters(self, life: int) -> str:
+        """Hash of the counters of a life: name -> number and wall time (seconds) of its latest write."""
+        return f"{self._root}:t{life}"
+
+    def counter(self, life: int, name: str) -> str:
+        """Hash of what a counter has counted: class id -> 1 + D little-endian float32; '' -> what is of no class."""
+        return f"{self._root}:t{life}:{name}"
 
     def slots(self, bank: int, class_id: str) -> tuple[str, str]:
         """Return a class's entropies (sorted set) and features (hash), by slot id.

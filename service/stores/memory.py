@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from core.dynamic import Outcome
@@ -11,8 +11,10 @@ from core.dynamic import Outcome
 from ..errors import StoreDown
 from ..tenants import TenantConfig
 from .base import (
+    SEED,
     Change,
     Conflict,
+    Count,
     Job,
     PushCandidate,
     Pushed,
@@ -25,10 +27,12 @@ from .base import (
     StoredOffsets,
     StoredShot,
     StoredSlot,
+    StoredStatistics,
     Synced,
     TenantRecord,
     Verdict,
     digest_of,
+    shown_of,
 )
 
 LOG_LENGTH = 2048
@@ -48,6 +52,7 @@ class _Held:
     shots: dict[str, StoredShot] = field(default_factory=dict)
     barred: set[tuple[str, str]] = field(default_factory=set)
     offsets: dict[str, bytes] = field(default_factory=dict)
+    counts: dict[str, tuple[Count, float]] = field(default_factory=dict)
     log: deque[tuple[int, Change]] = field(default_factory=lambda: deque(maxlen=LOG_LENGTH))
     settled: int = 0
     snapshots: dict[str, tuple[SnapshotInfo, tuple[bytes, ...]]] = field(default_factory=dict)
@@ -88,6 +93,7 @@ class InProcessStore:
             shots={class_id: tuple(own) for class_id, own in shots.items()},
             barred=frozenset(held.barred),
             offsets=StoredOffsets(training=held.record.training, rows=dict(held.offsets)),
+            counts=self._counts(held, {}),
         )
 
     async def stamps(self, tenants: Sequence[str]) -> Sequence[Stamp | StoreDown | None]:
@@ -108,6 +114,7 @@ class InProcessStore:
         barred: Iterable[tuple[str, str]] = (),
         shots: Iterable[StoredShot] | None = None,
         offsets: StoredOffsets | None = None,
+        statistics: StoredStatistics | None = None,
     ) -> Stamp:
         held = self._tenants.get(tenant)
         if _moved_on(held, expected, exact=exact):
@@ -123,16 +130,21 @@ class InProcessStore:
                 labelling=labelling,
                 stamp=stamp,
                 created=self._clock() if held is None else held.record.created,
+                life=stamp.epoch,
             ),
             settled=stamp.version,
         )
         same = held is not None and held.record.fingerprint == fingerprint
         if slots is not None:
+            if statistics is not None and statistics.shared:
+                new.counts = {SEED: (Count(seq=1, statistics=statistics), self._clock())}
             new.slots = {own: {slot.id: slot for slot in bank} for own, bank in slots.items() if own in stay}
             new.barred = {(own, id_) for own, id_ in barred if own in stay and id_ not in new.slots.get(own, ())}
         elif held is not None and same:
             new.slots = {own: bank for own, bank in held.slots.items() if own in stay}
             new.barred = {(own, id_) for own, id_ in held.barred if own in stay}
+            new.counts = {name: (_of(count, stay), at) for name, (count, at) in held.counts.items()}
+            new.record = replace(new.record, life=held.record.life)
         if shots is not None:
             new.shots = {shot.id: shot for shot in shots if shot.class_id in stay}
         elif held is not None:
@@ -145,6 +157,7 @@ class InProcessStore:
             new.offsets = {own: row for own, row in offsets.rows.items() if own in stay}
         if held is not None:
             new.snapshots, new.jobs = held.snapshots, held.jobs
+        new.record = replace(new.record, shown=shown_of(new.shots))
         self._tenants[tenant] = new
         return stamp
 
@@ -172,6 +185,7 @@ class InProcessStore:
                 new[shot.id] = replace(known, feature=shot.feature)
         if new:
             held.shots.update(new)
+            held.record = replace(held.record, shown=shown_of(held.shots))
             self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
         return held.record.stamp
 
@@ -185,6 +199,7 @@ class InProcessStore:
             return 0
         gone = [id_ for id_ in ids if held.shots.pop(id_, None) is not None]
         if gone:
+            held.record = replace(held.record, shown=shown_of(held.shots))
             self._settle(held, self._new_epoch(tenant, held))
         return len(gone)
 
@@ -196,11 +211,16 @@ class InProcessStore:
         if dynamic:
             held.slots = {class_id: bank for class_id, bank in held.slots.items() if class_id not in named}
             held.barred = {(class_id, id_) for class_id, id_ in held.barred if class_id not in named}
+            stay = {spec.id for spec in held.record.config.classes} - named
+            held.counts = {name: (_of(count, stay), at) for name, (count, at) in held.counts.items()}
         if static:
             held.shots = {id_: shot for id_, shot in held.shots.items() if shot.class_id not in named}
+            held.record = replace(held.record, shown=shown_of(held.shots))
         if static and class_ids is None:
             held.offsets, held.record = {}, replace(held.record, training=None)
         self._settle(held, self._new_epoch(tenant, held))
+        if dynamic and class_ids is None:
+            held.counts, held.record = {}, replace(held.record, life=held.record.stamp.epoch)
         return held.record.stamp
 
     async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
@@ -209,6 +229,30 @@ class InProcessStore:
             return False
         held.barred.add((class_id, slot))
         self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
+        return True
+
+    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> bool:
+        held = self._current(tenant, at)
+        known = held.counts.get(counter)
+        if (known[0].seq if known else 0) != seq:
+            return False
+        rows = dict(known[0].statistics.rows) if known else {}
+        whole = StoredStatistics(rows={**rows, **statistics.rows}, shared=statistics.shared)
+        held.counts[counter] = Count(seq=seq + 1, statistics=whole), self._clock()
+        return True
+
+    async def counts(self, tenant: str, at: Stamp, known: Mapping[str, int]) -> tuple[Mapping[str, Count], set[str]]:
+        held = self._current(tenant, at)
+        return self._counts(held, known), set(held.counts)
+
+    async def fold(self, tenant: str, at: Stamp, counts: Mapping[str, Count], into: str) -> bool:
+        held = self._current(tenant, at)
+        if any(name not in held.counts or held.counts[name][0].seq != count.seq for name, count in counts.items()):
+            return False
+        for name in counts:
+            del held.counts[name]
+        whole = StoredStatistics.total(count.statistics for count in counts.values())
+        held.counts[into] = Count(seq=1, statistics=whole), self._clock()
         return True
 
     async def digests(self, tenant: str, at: Stamp, class_ids: Sequence[str]) -> Mapping[str, str]:
@@ -279,6 +323,14 @@ class InProcessStore:
             raise ReloadNeeded(tenant)
         return held
 
+    def _counts(self, held: _Held, known: Mapping[str, int]) -> dict[str, Count]:
+        now = self._clock()
+        return {
+            name: replace(count, idle_s=now - at)
+            for name, (count, at) in held.counts.items()
+            if known.get(name) != count.seq
+        }
+
     def _new_epoch(self, tenant: str, held: _Held | None) -> Stamp:
         # Counted beyond the tenant's life: one that is deleted and made again never comes back to an old epoch.
         self._epochs[tenant] = epoch = self._epochs.get(tenant, 0) + 1
@@ -308,6 +360,12 @@ class InProcessStore:
             return Verdict(outcome=Outcome.REJECTED)
         changes.append(_write(held, Change(class_id=candidate.class_id, slot=slot, evicted=worst.id)))
         return Verdict(outcome=Outcome.REPLACED, evicted=worst.id)
+
+
+def _of(count: Count, class_ids: Collection[str]) -> Count:
+    """Return what was counted of some classes, and of no class."""
+    rows = {own: row for own, row in count.statistics.rows.items() if own in class_ids}
+    return replace(count, statistics=replace(count.statistics, rows=rows))
 
 
 def _remaining(held: _Held, stay: set[str]) -> StoredOffsets:

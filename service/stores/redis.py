@@ -26,8 +26,10 @@ from ..errors import Contended, FingerprintMismatch, StoreAway, StoreDown
 from ..tenants import TenantConfig
 from .base import (
     OFFSETS,
+    SEED,
     Change,
     Conflict,
+    Count,
     Job,
     JobState,
     PushCandidate,
@@ -41,12 +43,15 @@ from .base import (
     StoredOffsets,
     StoredShot,
     StoredSlot,
+    StoredStatistics,
     Synced,
     TenantRecord,
     Training,
     Verdict,
+    shown_of,
 )
 from .connection import check
+from .counters import Counters
 from .faults import FAULTS, down
 from .keys import TENANTS, Keys
 
@@ -59,6 +64,11 @@ FORMAT = 1
 
 WITH_OFFSETS = 2
 """That of a tenant that has trained offsets: a version of the service that does not know of them refuses it."""
+
+WITH_STATISTICS = 3
+"""That of a tenant with the method `auto`, with or without offsets."""
+
+FORMATS = (FORMAT, WITH_OFFSETS, WITH_STATISTICS)
 
 LOG_LENGTH = 2048
 """Slot changes that `lua/push.lua` keeps for workers that are behind."""
@@ -78,15 +88,17 @@ _TRIES = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Places:
-    """Numbers of the bank, the pile and the frame that a tenant's memories are read from; frame 0 stands for none."""
+    """Numbers of the bank, the pile, the frame (0: none) and the life that a tenant's memories are read from."""
 
     bank: int
     pile: int
     frame: int = 0
+    life: int = 0
 
     @staticmethod
     def of(fields: Mapping[bytes, bytes]) -> _Places:
-        return _Places(bank=int(fields[b"bank"]), pile=int(fields[b"pile"]), frame=int(fields.get(b"frame", 0)))
+        known = {name: int(fields.get(name.encode(), 0)) for name in ("frame", "life")}
+        return _Places(bank=int(fields[b"bank"]), pile=int(fields[b"pile"]), **known)
 
 
 class RedisStore:
@@ -110,6 +122,7 @@ class RedisStore:
         self._clock, self._remember_s, self._remember_bytes = clock, remember_s, remember_bytes
         self._scripts = {file.name: file.read_text() for file in files(__package__).joinpath("lua").iterdir()}
         self._known: dict[tuple[str, int], _Places] = {}
+        self._counters = Counters(self._client, self._run, self._do, clock)
 
     async def get(self, tenant: str) -> TenantRecord | None:
         fields = await self._do(self._client.hgetall(Keys(tenant).config))
@@ -152,6 +165,7 @@ class RedisStore:
         barred: Iterable[tuple[str, str]] = (),
         shots: Iterable[StoredShot] | None = None,
         offsets: StoredOffsets | None = None,
+        statistics: StoredStatistics | None = None,
     ) -> Stamp:
         keys = Keys(tenant)
         known = await self._do(self._client.hgetall(keys.config))
@@ -182,10 +196,13 @@ class RedisStore:
             bank=present.bank if slots is None else epoch,
             pile=epoch if shots is not None or old is None else present.pile,
             frame=0 if training is None else frame,
+            life=present.life if slots is None else epoch,
         )
+        if read.life == epoch and statistics is not None and statistics.shared:
+            await self._counters.plant(keys, epoch, SEED, statistics)
         at = ("", "") if expected is None else (expected.epoch, expected.version)
         about = (
-            FORMAT if training is None else WITH_OFFSETS,
+            _format(config, training),
             tenant,
             config.to_json(),
             fingerprint,
@@ -202,13 +219,15 @@ class RedisStore:
             *keys.every_slot(present.bank, leaves),
         )
         trained = (read.frame, "" if training is None else json.dumps(asdict(training)))
-        args = (*at, int(exact), epoch, read.bank, read.pile, *about, *trained, *leaves)
+        shown = "-" if read.pile == present.pile and old is not None else shown_of(shot.id for shot in shots or ())
+        args = (*at, int(exact), epoch, read.bank, read.pile, *about, *trained, read.life, shown, *leaves)
         told = await self._run("replace.lua", touched, args)
         if told[0] < 0:
             # By the ids at hand: whoever was faster may have swept the list of them, while this was still writing.
             await self._remove_written(keys, f"b{epoch}", stay)
             await self._remove_written(keys, f"s{epoch}")
             await self._remove_frame(keys, epoch)
+            await self._counters.remove(keys, epoch)
             raise Conflict(tenant)
         await self._sweep(keys, epoch, read)
         return _stamp(epoch, *told)
@@ -217,9 +236,7 @@ class RedisStore:
         keys = Keys(tenant)
         # Before the tenant goes: one of its name that is made meanwhile has a later one.
         epoch = int(await self._do(self._client.get(keys.epochs)) or 0)
-        told = await self._run(
-            "delete.lua", (keys.config, keys.snapshots, keys.log, keys.jobs, *keys.answers), (FORMAT, WITH_OFFSETS)
-        )
+        told = await self._run("delete.lua", (keys.config, keys.snapshots, keys.log, keys.jobs, *keys.answers), FORMATS)
         if told[0] < 0:
             raise _other_format(f"The tenant {tenant!r}")
         await self._do(self._client.zrem(TENANTS, tenant))
@@ -227,6 +244,21 @@ class RedisStore:
             await self._do(self._client.unlink(keys.snapshot(id_.decode())))
         await self._sweep(keys, epoch + 1)
         return bool(told[0])
+
+    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> bool:
+        life = (await self._places(tenant, at.epoch)).life
+        return await self._counters.write(Keys(tenant), at.epoch, life, counter, seq, statistics)
+
+    async def counts(self, tenant: str, at: Stamp, known: Mapping[str, int]) -> tuple[Mapping[str, Count], set[str]]:
+        life = (await self._places(tenant, at.epoch)).life
+        found = await self._counters.read(Keys(tenant), life, known)
+        if int(await self._do(self._client.hget(Keys(tenant).config, "epoch")) or 0) != at.epoch:
+            raise ReloadNeeded(tenant)
+        return found
+
+    async def fold(self, tenant: str, at: Stamp, counts: Mapping[str, Count], into: str) -> bool:
+        life = (await self._places(tenant, at.epoch)).life
+        return await self._counters.fold(Keys(tenant), at.epoch, life, counts, into)
 
     async def sync(self, tenant: str, since: Stamp) -> Synced:
         return (await self.push(tenant, since, ())).synced
@@ -394,6 +426,7 @@ class RedisStore:
         await asyncio.gather(*(read() for _ in range(_AHEAD)))
         shots = await self._shots(keys.shots(places.pile), images=images)
         offsets = await self._offsets(keys.offsets(places.frame), record)
+        counts, _ = await self._counters.read(keys, places.life, {})
         # Slices are read one after the other: what changed meanwhile is in the log, and changing it again is harmless.
         synced = await self.sync(tenant, record.stamp)
         return StoredMemory(
@@ -402,6 +435,7 @@ class RedisStore:
             shots=shots,
             barred=frozenset(barred),
             offsets=offsets,
+            counts=counts,
         )
 
     async def _offsets(self, frame: str, record: TenantRecord) -> StoredOffsets:
@@ -493,6 +527,7 @@ class RedisStore:
         for number in map(int, await self._do(self._client.smembers(keys.frames))):
             if number < before and (read is None or number != read.frame):
                 await self._remove_frame(keys, number)
+        await self._counters.sweep(keys, before, None if read is None else read.life)
 
     async def _remove_frame(self, keys: Keys, number: int) -> None:
         await self._do(self._client.unlink(keys.offsets(number)))
@@ -519,9 +554,14 @@ class RedisStore:
             named = [spec.id for spec in record.config.classes] if slots_of is None else slots_of
             gone = keys.every_slot(places.bank, named) if slots else []
             static = (*keys.shots(places.pile), keys.offsets(places.frame))
-            touched = (keys.config, keys.log, keys.epochs, *static, *gone)
-            told = await self._run("remove.lua", touched, (record.stamp.epoch, *which))
+            names = await self._counters.names(keys, places.life)
+            counted = (keys.counters(places.life), *(keys.counter(places.life, name) for name in names))
+            forget = "none" if not slots else "all" if slots_of is None else " ".join(slots_of) or "none"
+            touched = (keys.config, keys.log, keys.epochs, *static, *counted, *gone)
+            told = await self._run("remove.lua", touched, (record.stamp.epoch, forget, len(names), *which))
             if told[0] >= 0:
+                if forget == "all":
+                    await self._counters.sweep(keys, told[0], told[0])
                 return _stamp(told[0], told[1], told[3]), told[2]
         raise Contended
 
@@ -530,13 +570,12 @@ class RedisStore:
         known = self._known.get((tenant, epoch))
         if known is not None:
             return known
-        fields = ("epoch", "bank", "pile", "frame")
-        now, bank, pile, frame = await self._do(self._client.hmget(Keys(tenant).config, *fields))
-        if now is None or int(now) != epoch:
+        fields = await self._do(self._client.hgetall(Keys(tenant).config))
+        if int(fields.get(b"epoch", -1)) != epoch:
             raise ReloadNeeded(tenant)
         if len(self._known) > LOG_LENGTH:
             self._known.clear()
-        self._known[(tenant, epoch)] = places = _Places(bank=int(bank), pile=int(pile), frame=int(frame or 0))
+        self._known[(tenant, epoch)] = places = _Places.of(fields)
         return places
 
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Reply:
@@ -566,7 +605,7 @@ class RedisStore:
 
 def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
     found = fields.get(b"format", b"(none)").decode(errors="replace")
-    if found not in (str(FORMAT), str(WITH_OFFSETS)):
+    if found not in map(str, FORMATS):
         raise _other_format(f"The tenant {fields.get(b'name', b'').decode(errors='replace')!r}", found)
     return TenantRecord(
         name=fields[b"name"].decode(),
@@ -576,8 +615,17 @@ def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
         labelling=fields[b"labelling"].decode(),
         created=float(fields[b"created"]),
         training=Training(**json.loads(fields[b"training"])) if b"training" in fields else None,
+        shown=fields.get(b"shown", b"").decode(),
+        life=int(fields.get(b"life", 0)),
         stamp=_stamp(fields[b"epoch"], fields[b"version"], fields.get(b"mark")),
     )
+
+
+def _format(config: TenantConfig, training: Training | None) -> int:
+    """Return the least format whose versions know all that a tenant has."""
+    if config.method == "auto":
+        return WITH_STATISTICS
+    return FORMAT if training is None else WITH_OFFSETS
 
 
 def _stamp_or_none(epoch: bytes | None, version: bytes | None, mark: bytes | None) -> Stamp | None:

@@ -6,7 +6,8 @@
 --       written since matter (1 or 0), 4 new epoch, 5 bank and 6 pile that are to be read, 7 format,
 --       8 name, 9 configuration (JSON), 10 fingerprint, 11 origin (JSON), 12 labelling version of the slots, 13 slots a
 --       class, 14 now (wall time in seconds), 15 frame that is to be read (0 for none), 16 what is known of its training
---       (JSON), then ids of classes that leave
+--       (JSON), 17 life of the class statistics that is to be read, 18 hash of the shots of a new pile ('-' where the
+--       pile stays), then ids of classes that leave
 -- Gives {new version, mark}, or {-1} if the tenant has changed since; then nothing was written.
 -- A pile that is kept under another fingerprint keeps the shots that have an image, without their features.
 local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled', 'frame')
@@ -18,6 +19,8 @@ if latest and tonumber(latest) > tonumber(ARGV[2]) then
   return {-1}
 end
 
+-- The hash of the shots that there are is the sum of theirs, modulo 2^48.
+local shown = tonumber(redis.call('HGET', KEYS[1], 'shown') or '', 16) or 0
 local function thin(leaves, blank)
   local shots = redis.call('HGETALL', KEYS[3])
   for at = 1, #shots, 2 do
@@ -26,6 +29,7 @@ local function thin(leaves, blank)
       redis.call('HDEL', KEYS[3], id)
       redis.call('HDEL', KEYS[4], id)
       redis.call('HDEL', KEYS[5], id)
+      shown = (shown - tonumber(string.sub(redis.sha1hex(id), 1, 12), 16)) % 281474976710656
     end
   end
   if blank then
@@ -35,11 +39,11 @@ end
 
 if known[5] == ARGV[6] then
   local leaves = {}
-  for at = 17, #ARGV do
+  for at = 19, #ARGV do
     leaves[ARGV[at]] = true
   end
   local blank = known[3] ~= ARGV[10]
-  if blank or #ARGV > 16 then
+  if blank or #ARGV > 18 then
     thin(leaves, blank)
   end
 end
@@ -49,9 +53,12 @@ if known[4] == ARGV[5] then
   end
 end
 if known[7] == ARGV[15] then
-  for at = 17, #ARGV do
+  for at = 19, #ARGV do
     redis.call('HDEL', KEYS[6], ARGV[at])
   end
+end
+if ARGV[18] ~= '-' then
+  shown = tonumber(ARGV[18], 16) or 0
 end
 -- Of this change and no other: a replica that takes over counts on from where it was, and with other changes.
 local now = redis.call('TIME')
@@ -60,7 +67,8 @@ local version = string.format('%.0f', known[2] and tonumber(known[2]) + 1 or 0)
 redis.call('HSET', KEYS[1], 'epoch', ARGV[4], 'bank', ARGV[5], 'pile', ARGV[6], 'version', version,
   'settled', version, 'mark', mark, 'base', mark,
   'format', ARGV[7], 'name', ARGV[8], 'config', ARGV[9], 'fingerprint', ARGV[10], 'origin', ARGV[11],
-  'labelling', ARGV[12], 'slots', ARGV[13])
+  'labelling', ARGV[12], 'slots', ARGV[13], 'life', ARGV[17],
+  'shown', shown == 0 and '' or string.format('%06x%06x', math.floor(shown / 16777216), shown % 16777216))
 redis.call('HSETNX', KEYS[1], 'created', ARGV[14])
 if ARGV[15] == '0' then
   redis.call('HDEL', KEYS[1], 'frame', 'training')

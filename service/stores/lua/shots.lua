@@ -7,6 +7,8 @@
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then
   return {-1}
 end
+-- The hash of the shots that there are is the sum of theirs, modulo 2^48.
+local shown = tonumber(redis.call('HGET', KEYS[1], 'shown') or '', 16) or 0
 local new = 0
 for at = 2, #ARGV, 4 do
   local id, feature, image = ARGV[at], ARGV[at + 2], ARGV[at + 3]
@@ -15,6 +17,7 @@ for at = 2, #ARGV, 4 do
     if image ~= '' then
       redis.call('HSET', KEYS[5], id, image)
     end
+    shown = (shown + tonumber(string.sub(redis.sha1hex(id), 1, 12), 16)) % 281474976710656
     new = new + 1
   elseif feature ~= '' and (redis.call('HGET', KEYS[4], id) or '') == '' then
     redis.call('HSET', KEYS[4], id, feature)
@@ -29,6 +32,7 @@ end
 local now = redis.call('TIME')
 local mark = string.format('%06x', (now[1] * 1000000 + now[2]) % 16777216)
 local version = redis.call('HINCRBY', KEYS[1], 'version', 1)
-redis.call('HSET', KEYS[1], 'settled', version, 'mark', mark, 'base', mark)
+redis.call('HSET', KEYS[1], 'settled', version, 'mark', mark, 'base', mark,
+  'shown', shown == 0 and '' or string.format('%06x%06x', math.floor(shown / 16777216), shown % 16777216))
 redis.call('DEL', KEYS[2])
 return {version, mark}
