@@ -103,10 +103,10 @@ class Adaptation:
             made_at=int(known.images),
         )
 
-    def known(self, statistics: Statistics) -> Adaptation:
+    def known(self, statistics: Statistics, *, anew: bool = False) -> Adaptation:
         """Return the adaptation with other statistics; directions are made anew if enough images came to them."""
         now = int(statistics.images)
-        if self.made_at <= now < _next(self.made_at):
+        if self.made_at <= now < _next(self.made_at) and not anew:
             return replace(self, statistics=statistics)
         made = _directions(self.text, self.frozen, self.shots, statistics, self.tau)
         return replace(self, statistics=statistics, directions=made, made_at=now)

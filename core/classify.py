@@ -127,13 +127,22 @@ def text_scores(features: Float[Tensor, "n d"], head: Float[Tensor, "c d"], tau:
     return (tau * features @ head.T).double().log_softmax(-1)
 
 
+def label_scores(
+    snapshot: Snapshot, features: Float[Tensor, "n d"]
+) -> tuple[Float64[Tensor, "n c"], Float64[Tensor, "n c"]]:
+    """Return the text head's log probabilities, and the scores whose softmax labels images.
+
+    These are the same with `dmn`; with `auto` they are the frozen branches', Eq. (17).
+    """
+    text = text_scores(features, project_text(snapshot.text, snapshot.projection), snapshot.tau)
+    return text, text if snapshot.adaptation is None else snapshot.adaptation.frozen.scores(text, features)
+
+
 def _view_scores(
     snapshot: Snapshot, samples: Sequence[Sample]
 ) -> tuple[tuple[Float64[Tensor, "_ c"], ...], tuple[Float64[Tensor, "_ c"], ...]]:
     """Return the text head's log probabilities, and the scores that label, of every view of every image."""
-    every = torch.cat([sample.views for sample in samples])
-    text = text_scores(every, project_text(snapshot.text, snapshot.projection), snapshot.tau)
-    frozen = text if snapshot.adaptation is None else snapshot.adaptation.frozen.scores(text, every)
+    text, frozen = label_scores(snapshot, torch.cat([sample.views for sample in samples]))
     views = [len(sample.views) for sample in samples]
     return torch.split(text, views), torch.split(frozen, views)
 

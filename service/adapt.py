@@ -13,7 +13,16 @@ from core.codec import encode_feature
 from . import logs, snapshots, upkeep
 from .archive import check_fingerprint, held_bytes, origin_of
 from .classify import Fault, check_count, count_faults, each
-from .errors import Contended, LimitExceeded, UnknownClass, UnknownJob, UnknownShot, UnknownSlot, UnknownTenant
+from .errors import (
+    Contended,
+    LimitExceeded,
+    ServiceError,
+    UnknownClass,
+    UnknownJob,
+    UnknownShot,
+    UnknownSlot,
+    UnknownTenant,
+)
 from .images import ImageFault
 from .rooms import Rooms
 from .settings import DEFAULT_TENANT
@@ -28,6 +37,7 @@ from .stores.base import (
     StoredShot,
     TenantRecord,
     labelling_of,
+    shown_of,
 )
 from .tenants import ClassSpec, TenantConfig, checked, class_id, class_name, tenant_name
 
@@ -132,7 +142,8 @@ async def add_shots(
             keep = record.config.retention == "images"
             walks += await each([partial(_walk, rooms, one, deadline, keep=keep) for one in part], rooms, deadline)
     count_faults(rooms, walks)
-    stamp = await _store_shots(rooms, tenant, [shot for shot in walks if isinstance(shot, StoredShot)])
+    await _store_shots(rooms, tenant, [shot for shot in walks if isinstance(shot, StoredShot)])
+    stamp = await _labelled(rooms, tenant)
     told = [
         Shot(id=walked.id, label=one.label) if isinstance(walked, StoredShot) else walked
         for walked, one in zip(walks, labelled, strict=True)
@@ -148,10 +159,10 @@ async def remove_shot(rooms: Rooms, tenant: str, shot: str) -> None:
     """
     await rooms.archive.record(tenant)
     async with rooms.archive.exclusive(tenant):
-        if await rooms.store.remove_shots(tenant, [shot]):
-            rooms.archive.drop(tenant)
-            return
-    raise UnknownShot(f"There is no shot {shot!r}.")
+        if not await rooms.store.remove_shots(tenant, [shot]):
+            raise UnknownShot(f"There is no shot {shot!r}.")
+        rooms.archive.drop(tenant)
+    await _labelled(rooms, tenant)
 
 
 async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
@@ -165,6 +176,7 @@ async def remove_label(rooms: Rooms, tenant: str, label: str) -> None:
         stored = await load(rooms, tenant)
         if await rooms.store.remove_shots(tenant, [shot.id for shot in stored.shots.get(spec.id, ())]):
             rooms.archive.drop(tenant)
+    await _labelled(rooms, tenant)
 
 
 async def reset(
@@ -194,7 +206,7 @@ async def reset(
         await _soon(rooms, tenant)
         stamp = (await rooms.archive.record(tenant)).stamp
     logs.event(logs.MEMORY_RESET, tenant=tenant, dynamic=dynamic, static=static, classes=ids and len(ids))
-    return stamp, saved
+    return await _labelled(rooms, tenant) if static else stamp, saved
 
 
 async def purge(rooms: Rooms, tenant: str, label: str, slot: str) -> None:
@@ -268,7 +280,7 @@ async def _replace(rooms: Rooms, tenant: str, old: TenantRecord | None, config: 
     training = old.training if old is not None and has_slots else None
     if training is not None and old is not None:
         training = training.without({spec.id for spec in old.config.classes} - {spec.id for spec in config.classes})
-    due = labelling_of(config, training)
+    due = labelling_of(config, training, await _shown(rooms, old, config))
     labelling = old.labelling if old is not None and has_slots else due
     fewer: StoredMemory | None = None
     if old is not None and has_slots and config.slots < old.config.slots and labelling == due:
@@ -286,6 +298,7 @@ async def _replace(rooms: Rooms, tenant: str, old: TenantRecord | None, config: 
         origin=origin,
         slots=None if fewer is None else {own: bank.best(config.slots) for own, bank in fewer.slots.items()},
         barred=() if fewer is None else fewer.barred,
+        statistics=None if fewer is None else fewer.statistics,
     )
     return TenantRecord(
         name=tenant,
@@ -296,6 +309,14 @@ async def _replace(rooms: Rooms, tenant: str, old: TenantRecord | None, config: 
         stamp=stamp,
         training=training,
     )
+
+
+async def _shown(rooms: Rooms, old: TenantRecord | None, config: TenantConfig) -> str:
+    """Return the hash of the shots that stay; under another encoder, of those whose images are kept."""
+    if old is None or old.fingerprint == rooms.encoder.fingerprint:
+        return "" if old is None else old.shown
+    stored, stay = await load(rooms, old.name), {spec.id for spec in config.classes}
+    return shown_of(shot.id for own in stored.shots.values() for shot in own if shot.kept and shot.class_id in stay)
 
 
 async def _upkeep(rooms: Rooms, old: TenantRecord | None, record: TenantRecord) -> Job | None:
@@ -333,7 +354,20 @@ async def _walk(rooms: Rooms, one: LabelledImage, deadline: float, *, keep: bool
     )
 
 
-async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -> Stamp:
+async def _labelled(rooms: Rooms, tenant: str) -> Stamp:
+    """Have slots scored anew if the shots that there are now label them otherwise; return where the memory is then.
+
+    Of a small memory that is done by the time of the answer. What fails is tried again by whoever meets the memory.
+    """
+    record = await rooms.archive.record(tenant)
+    if record.labelling == record.due_labelling:
+        return record.stamp
+    with suppress(ServiceError):
+        await _soon(rooms, tenant)
+    return (await rooms.archive.record(tenant)).stamp
+
+
+async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -> None:
     for _ in range(_TRIES):
         async with rooms.archive.exclusive(tenant):
             stored = await load(rooms, tenant)
@@ -345,7 +379,7 @@ async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -
                 continue
             if stamp != stored.record.stamp:
                 rooms.archive.drop(tenant)
-            return stamp
+            return
     raise Contended
 
 

@@ -111,6 +111,7 @@ async def _leave(rooms: Rooms) -> None:
     await rooms.jobs.aclose()
     await rooms.batcher.aclose()
     await rooms.desk.drain()
+    await rooms.archive.settle(everything=True)
     rooms.darkroom.close()
     logs.event(logs.STOPPED)
 

@@ -10,13 +10,14 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.adapted import Adaptation
 from core.bank import Slots
 from core.codec import FEATURE_BYTES, decode_features
 from core.dynamic import DynamicMemory
@@ -44,6 +45,7 @@ from .stores.base import (
     TenantRecord,
     digest_of,
 )
+from .tallies import Ledger, Tally, begin, decode
 from .tenants import ClassSpec, TenantConfig
 from .texts import TextFeatures
 from .worker import Worker
@@ -57,7 +59,8 @@ class HotMemory:
     """One tenant's memory, ready to be read. `shelves` is touched in the worker alone.
 
     `position` leads from class id to class position; `barred` are purged slots; `filled` are dynamic slots; `nbytes`
-    counts features and what is kept ready from them, `static_bytes` shots and offsets. `unread` shots wait for this
+    counts features and what is kept ready from them, `static_bytes` shots and offsets. `tally` is there with the method
+    `auto`. `unread` shots wait for this
     encoder to read their images. `away` says that the store could not be asked how it stands.
     """
 
@@ -73,6 +76,7 @@ class HotMemory:
     filled: int = 0
     nbytes: int = 0
     away: bool = False
+    tally: Tally | None = None
 
     @property
     def due(self) -> bool:
@@ -100,6 +104,8 @@ class HotMemory:
         features = sum(bank.keys.nbytes for bank in dynamic) + sum(bank.keys.nbytes for bank in static)
         self.filled = sum(len(bank) for bank in dynamic)
         self.nbytes = self.shelves.nbytes + self.snapshot.text.nbytes + features
+        if self.tally is not None and self.snapshot.adaptation is not None:
+            self.nbytes += self.tally.nbytes + self.snapshot.adaptation.nbytes
 
 
 class Archive:
@@ -121,6 +127,8 @@ class Archive:
         self._store, self._encoder, self._texts, self._worker = store, encoder, texts, worker
         self._metrics, self._clock, self._max_bytes, self._sync_s = metrics, clock, max_bytes, sync_s
         self._serve_stale = serve_stale
+        self._ledger = Ledger(store, worker, clock)
+        self._left: list[tuple[Tally, Stamp]] = []
         self._hot: OrderedDict[str, HotMemory] = OrderedDict()
         self._locks = KeyedLocks()
         self._asked: dict[str, asyncio.Future[Stamp | None]] = {}
@@ -183,8 +191,46 @@ class Archive:
 
     def drop(self, tenant: str) -> None:
         """Forget a hot memory, so that the next one who opens it loads it."""
-        self._hot.pop(tenant, None)
+        self._forget(tenant)
         self._account()
+
+    async def exchange(self, tenant: str, every_s: float = 0.0) -> None:
+        """Write what a hot memory has counted and take in what others have, unless that was done lately.
+
+        Raises:
+            StoreDown: the store does not answer.
+        """
+        hot = self._hot.get(tenant)
+        if hot is None or hot.tally is None or self._clock() - hot.tally.exchanged_at < every_s:
+            return
+        try:
+            others = await self._ledger.exchange(hot.tally, hot.stamp)
+        except ReloadNeeded:
+            return  # it moves on; whoever opens it next brings it in step
+        async with self.exclusive(tenant):
+            if others is not None and self._hot.get(tenant) is hot:
+                hot.tally.others = others
+                await self._worker.run(_recount, hot)
+
+    async def hand_in(self, tenant: str) -> None:
+        """Write what a hot memory has counted, and read it from now on as who opens the memory anew reads it.
+
+        Raises:
+            StoreDown: the store does not answer.
+        """
+        hot = self._hot.get(tenant)
+        if hot is not None and hot.tally is not None:
+            with suppress(ReloadNeeded):
+                await self._ledger.write(hot.tally, hot.stamp)
+                await self._worker.run(_recount, hot, anew=True)
+
+    async def settle(self, *, everything: bool = False) -> None:
+        """Write what dropped memories had counted, and with `everything` what the hot ones have."""
+        left, self._left = self._left, []
+        if everything:
+            left += [(hot.tally, hot.stamp) for hot in self._hot.values() if hot.tally is not None]
+        for tally, stamp in left:
+            await self._ledger.leave(tally, stamp)
 
     async def verify(self, tenant: str, every_s: float = 0.0) -> None:
         """Compare a hot memory with the store's, unless that was done lately; one that differs is loaded anew.
@@ -234,7 +280,7 @@ class Archive:
         try:
             await self._bring_in_step(hot)
         except ReloadNeeded:
-            del self._hot[tenant]
+            self._forget(tenant)
             hot = self._hot[tenant] = await self._load(tenant)
         except StoreDown:
             if not self._serve_stale:
@@ -302,8 +348,20 @@ class Archive:
             position={spec.id: i for i, spec in enumerate(config.classes)},
             barred=stored.barred,
         )
+        if config.method == "auto":
+            ids = [spec.id for spec in config.classes]
+            hot.tally = await self._worker.run(begin, tenant, ids, stored.counts, text, loaded_at)
         await self._worker.run(hot.measure)
         return hot
+
+    def _forget(self, tenant: str) -> int:
+        """Drop a hot memory, and return its bytes; what it has counted is written by and by."""
+        hot = self._hot.pop(tenant, None)
+        if hot is None:
+            return 0
+        if hot.tally is not None:
+            self._left.append((hot.tally, hot.stamp))
+        return hot.nbytes
 
     def _account(self) -> None:
         """Drop the least used memories that nobody holds until the rest fits, and say how it stands."""
@@ -311,7 +369,7 @@ class Archive:
         for tenant in [tenant for tenant in self._hot if tenant not in self._locks]:
             if total <= self._max_bytes:
                 break
-            total -= self._hot.pop(tenant).nbytes
+            total -= self._forget(tenant)
             self._metrics.hot_evictions.inc()
             logs.event(logs.MEMORY_EVICTED, tenant=tenant)
         self._metrics.hot_tenants.set(len(self._hot))
@@ -402,20 +460,26 @@ def snapshot_of(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
     config, dim = stored.record.config, text.shape[-1]
     banks = [stored.slots.get(spec.id, StoredBank()) for spec in config.classes]
     shots = [[shot for shot in stored.shots.get(spec.id, ()) if shot.feature] for spec in config.classes]
+    static = StaticMemory(
+        classes=tuple(
+            Shots(keys=stack_features(own, dim).to(text.device), ids=tuple(shot.id for shot in own)) for own in shots
+        )
+    )
     return Snapshot(
         text=text,
         dynamic=DynamicMemory(classes=tuple(_slots(bank, dim, text.device) for bank in banks), slots=config.slots),
-        static=StaticMemory(
-            classes=tuple(
-                Shots(keys=stack_features(own, dim).to(text.device), ids=tuple(shot.id for shot in own))
-                for own in shots
-            )
-        ),
+        static=static,
         projection=projection_of(stored, text),
         tau=tau,
         beta=config.beta,
         weights=config.weights,
+        adaptation=_adaptation(stored, text, static, tau) if config.method == "auto" else None,
     )
+
+
+def _adaptation(stored: StoredMemory, text: Tensor, static: StaticMemory, tau: float) -> Adaptation:
+    ids = [spec.id for spec in stored.record.config.classes]
+    return Adaptation.begin(text, static, tau, decode(stored.statistics, ids, text))
 
 
 def _slots(bank: StoredBank, dim: int, device: torch.device) -> Slots:
@@ -437,6 +501,13 @@ def _apply(hot: HotMemory, changes: Sequence[Change]) -> None:
     memory = DynamicMemory(classes=tuple(classes), slots=snapshot.dynamic.slots)
     hot.shelves.advance(replace(snapshot, dynamic=memory))
     hot.measure()
+
+
+def _recount(hot: HotMemory, *, anew: bool = False) -> None:
+    """Bring a hot memory's adaptation to what all counters have counted."""
+    snapshot = hot.snapshot
+    if hot.tally is not None and snapshot.adaptation is not None:
+        hot.shelves.advance(replace(snapshot, adaptation=snapshot.adaptation.known(hot.tally.total, anew=anew)))
 
 
 def _rewrite(bank: Slots, own: dict[str, StoredSlot | None], dim: int) -> Slots:

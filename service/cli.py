@@ -150,6 +150,9 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="Pictures of none of the classes, to be mixed in.")
     ] = None,
     views: Annotated[int, typer.Option(min=1, help="Views an image.")] = 1,
+    method: Annotated[
+        Literal["dmn", "auto"] | None, typer.Option(help="The tenant's method; `auto`, or with --paper `dmn`.")
+    ] = None,
     report_file: Annotated[
         Path | None,
         typer.Option("--report", metavar="FILE.md", help="Write a report, with curves as PNG files beside it."),
@@ -177,6 +180,7 @@ def evaluate(
         kind=_kind(orders, kind),
         views=views,
         train=train,
+        method=method or ("auto" if paper is None else "dmn"),
         unknown=() if unknown is None else pictures_under(unknown),
     )
     if report_file is not None:

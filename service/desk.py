@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from core.adapted import Adapted
 from core.bank import Slots
 from core.classify import Answers, Sample, classify
 from core.codec import FEATURE_BYTES, encode_feature
@@ -80,6 +81,7 @@ class Reading:
     text: Tensor
     dynamic: Tensor
     static: Tensor | None
+    statistics: Tensor | None
     learned: Learned
     explanation: Explanation | None
     stamp: Stamp
@@ -198,6 +200,8 @@ class Desk:
             return
         with self._metrics.stage("store", timings):
             learned = await self._learn(hot, group, answers)
+        if answers.adapted is not None:
+            await self._worker.run(_count, hot, [waiting.question.digest for waiting in group], answers.adapted)
         names = tuple(spec.name for spec in hot.config.classes)
         for i, (waiting, own) in enumerate(zip(group, learned, strict=True)):
             if waiting.future.done():
@@ -208,6 +212,7 @@ class Desk:
                 text=answers.text[i],
                 dynamic=answers.dynamic[i],
                 static=None if answers.static is None else answers.static[i],
+                statistics=None if answers.statistics is None else answers.statistics[i],
                 learned=own,
                 explanation=traces[i],
                 stamp=hot.stamp,
@@ -324,7 +329,11 @@ def _fail(waiting: Collection[_Waiting], error: Exception) -> None:
 def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple[Answers, list[Explanation | None]]:
     """Classify in the worker, and bring the probabilities to the CPU."""
     learn = hot.config.learn
-    samples = [Sample(views=q.views, id=q.digest, learn=q.learn and learn) for q in questions]
+    fresh = _is_new(hot, questions)
+    samples = [
+        Sample(views=q.views, id=q.digest, learn=q.learn and learn, count=new)
+        for q, new in zip(questions, fresh, strict=True)
+    ]
     answers = classify(hot.shelves, samples, _may_store(hot, room))
     traces = [
         _explain(hot, sample.views[:1], answers.seen[i]) if question.explain else None
@@ -336,8 +345,27 @@ def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple
         dynamic=answers.dynamic.cpu(),
         static=None if answers.static is None else answers.static.cpu(),
         fused=answers.fused.cpu(),
+        adapted=answers.adapted and replace(answers.adapted, statistics=answers.adapted.statistics.cpu()),
     )
     return on_cpu, traces
+
+
+def _is_new(hot: HotMemory, questions: Sequence[Question]) -> list[bool]:
+    """Return of each image whether class statistics may count it: not again, not purged, not under other labels."""
+    if hot.tally is None or hot.due:
+        return [False] * len(questions)
+    purged = {id_ for _, id_ in hot.barred}
+    fresh = hot.tally.is_new([question.digest for question in questions])
+    return [new and question.digest not in purged for new, question in zip(fresh, questions, strict=True)]
+
+
+def _count(hot: HotMemory, digests: Sequence[str], adapted: Adapted) -> None:
+    """Take in what was counted of a group that was answered; in the worker, where nobody reads meanwhile."""
+    if hot.tally is None or not float(adapted.counted.images):
+        return
+    hot.tally.add(adapted.counted)
+    hot.tally.remember(digests)
+    hot.shelves.advance(replace(hot.snapshot, adaptation=adapted.adaptation))
 
 
 def _may_store(hot: HotMemory, room: int) -> Callable[[SlotWrite], bool]:

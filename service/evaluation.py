@@ -17,6 +17,7 @@ from torch import Tensor
 from core.encoder import Encoder
 from core.measures import Marks, auroc, false_positive_rate
 from core.orders import Kind, drift, mixed, order_of
+from core.snapshot import Method
 
 from . import training
 from .adapt import LabelledImage, Shot, add_shots, delete_tenant, put_tenant
@@ -32,7 +33,7 @@ from .tenants import Retention, TenantConfig
 
 T = TypeVar("T")
 
-BRANCHES = ("text", "dynamic", "static", "fused")
+BRANCHES = ("text", "dynamic", "static", "statistics", "fused")
 """What is measured of a reading."""
 
 FOREVER = float("inf")
@@ -50,7 +51,8 @@ Announce = Callable[[str, int], Callable[[int], None]]
 class Plan:
     """What to measure: shots a class, one order a seed (which also draws the shots), views, and pictures of no class.
 
-    `train` trains offsets on the shots before the stream. `kind` is None where one shuffled stream is measured alone.
+    `train` trains offsets on the shots before the stream. `method` is the tenant's. `kind` is None where one shuffled
+    stream is measured alone.
     """
 
     shots: int = 0
@@ -58,6 +60,7 @@ class Plan:
     kind: Kind | None = None
     views: int = 1
     train: bool = False
+    method: Method = "auto"
     unknown: Sequence[Path] = ()
 
 
@@ -168,7 +171,7 @@ async def _walk(rooms: Rooms, data: DataSet, plan: Plan, seed: int, announce: An
 def _config(data: DataSet, plan: Plan) -> TenantConfig:
     """Return the tenant's configuration: as a new one has it, with images kept where crops of them are trained on."""
     kept: Retention = "images" if plan.train else "features"
-    return TenantConfig(classes=data.classes, templates=data.templates, retention=kept)
+    return TenantConfig(classes=data.classes, templates=data.templates, retention=kept, method=plan.method)
 
 
 async def _upload(rooms: Rooms, data: DataSet, support: Sequence[Picture], announce: Announce) -> None:

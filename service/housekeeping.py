@@ -1,4 +1,4 @@
-"""What has to be seen to while nobody asks: writes that wait, memories that drift, snapshots on schedule."""
+"""What has to be seen to while nobody asks: writes that wait, what was counted, memories that drift, snapshots."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import partial
 from . import logs, snapshots
 from .errors import NoClasses, ServiceError, StoreDown, UnknownTenant
 from .rooms import Rooms
+from .tallies import EXCHANGE_S
 
 TICK_S = 1.0
 
@@ -37,7 +38,9 @@ class Housekeeper:
         rooms = self._rooms
         if rooms.desk.pending:
             await _attempt(rooms.desk.deliver)
+        await _attempt(rooms.archive.settle)
         for tenant in rooms.archive.tenants:
+            await _attempt(partial(rooms.archive.exchange, tenant, EXCHANGE_S))
             if rooms.settings.verify_s:
                 await _attempt(partial(rooms.archive.verify, tenant, rooms.settings.verify_s))
             if self._may_ask(tenant):

@@ -35,6 +35,7 @@ async def take(rooms: Rooms, tenant: str, reason: str = MANUAL) -> SnapshotInfo:
         LimitExceeded: there is no room for one more.
     """
     async with rooms.carrier:
+        await rooms.archive.hand_in(tenant)
         return await _take(rooms, tenant, await _load(rooms, tenant), reason)
 
 
@@ -47,6 +48,7 @@ async def before(rooms: Rooms, tenant: str, reason: str) -> SnapshotInfo | None:
     if not rooms.settings.snapshots:
         return None
     async with rooms.carrier:
+        await rooms.archive.hand_in(tenant)
         stored = await rooms.store.load(tenant, images=True)
         if stored is None or not _holds(stored):
             return None
@@ -146,6 +148,7 @@ async def send_out(rooms: Rooms, tenant: str) -> tuple[int, Iterator[bytes]]:
         UnknownTenant: there is no such tenant.
     """
     async with rooms.carrier:
+        await rooms.archive.hand_in(tenant)
         stored = await _load(rooms, tenant)
     created = _iso(rooms.wall())
     return transfer.size_of(stored, created=created), transfer.parts(stored, created=created)
@@ -234,6 +237,7 @@ async def _put(rooms: Rooms, tenant: str, brought: StoredMemory) -> TenantRecord
                 barred=brought.barred,
                 shots=[shot for own in brought.shots.values() for shot in own],
                 offsets=brought.offsets,
+                statistics=brought.statistics,
             )
         except Conflict:
             continue

@@ -9,6 +9,14 @@ barred.classes      I32 (b,)                                   static.has_featur
 barred.ids          U8                                         static.images       U8          one after the other
 ```
 
+Where a tenant has trained offsets or class statistics there are, besides:
+
+```
+offsets.classes     I32 (o,)                                   statistics.classes  I32 (r,)
+offsets.rows        F32 (o, 5 d)                               statistics.rows     F32 (r, 1 + d)  s_c and S_c
+                                                               statistics.shared   F32             n, G, M, ...
+```
+
 Rows stand in the order of the classes; within one, slots by (entropy, id), shots and barred ids by id. So a memory has
 one file only, byte for byte, and a class is one stretch of each column. Metadata are strings: `format`, `version` (of
 the format), `tenant`, `created`, `fingerprint`, `origin` and `config` (both JSON), `labelling`, `epoch`,
@@ -43,7 +51,20 @@ from core.errors import IncompatibleMemory
 
 from .errors import DuplicateClass, InvalidRequest, LimitExceeded
 from .settings import Settings
-from .stores.base import OFFSETS, Stamp, StoredBank, StoredMemory, StoredOffsets, StoredShot, TenantRecord, Training
+from .stores.base import (
+    OFFSETS,
+    SEED,
+    Count,
+    Stamp,
+    StoredBank,
+    StoredMemory,
+    StoredOffsets,
+    StoredShot,
+    StoredStatistics,
+    TenantRecord,
+    Training,
+)
+from .tallies import shared_entries
 from .tenants import ClassSpec, TenantConfig, checked, tenant_name
 
 FORMAT = "dmn-memory"
@@ -63,7 +84,10 @@ _COLUMNS: Mapping[str, tuple[str, int]] = {
     "static.classes": ("I32", 1),
     "barred.classes": ("I32", 1),
     "offsets.classes": ("I32", 1),
+    "statistics.classes": ("I32", 1),
     "offsets.rows": ("F32", 2),
+    "statistics.rows": ("F32", 2),
+    "statistics.shared": ("F32", 1),
     "dynamic.features": ("F16", 2),
     "static.features": ("F16", 2),
     "dynamic.ids": ("U8", 1),
@@ -74,8 +98,11 @@ _COLUMNS: Mapping[str, tuple[str, int]] = {
 }
 """Type and rank of each column, in the order of the file: the widest first, so that each begins where it should."""
 
-_OPTIONAL = frozenset(("offsets.classes", "offsets.rows"))
+_OFFSETS = frozenset(("offsets.classes", "offsets.rows"))
 """Columns of a memory that has trained offsets: both, and the metadata `training`, or none of them."""
+
+_STATISTICS = frozenset(("statistics.classes", "statistics.rows", "statistics.shared"))
+"""Columns of a memory that has class statistics: all of them, or none."""
 
 _DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -114,6 +141,7 @@ _CHECKED_ENTRIES = 1 << 20
 _INT64 = range(1 << 63)
 _UNIT_TOLERANCE = 0.01
 _LARGEST_OFFSET = 1e6
+_LARGEST_SUM = 1e12
 _PERCENT = 100.0
 _BRANCHES = ("text", "static", "fused")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -207,6 +235,9 @@ def _columns(stored: StoredMemory) -> dict[str, _Column]:
     found = _dynamic_columns(stored, dim) | _static_columns(stored, dim) | _barred_columns(stored)
     if stored.offsets.training is not None:
         found |= _offset_columns(stored, stored.offsets.training)
+    statistics = stored.statistics
+    if statistics.shared:
+        found |= _statistics_columns(stored.record.config, statistics)
     return {name: found[name] for name in _COLUMNS if name in found}
 
 
@@ -259,6 +290,20 @@ def _offset_columns(stored: StoredMemory, training: Training) -> dict[str, _Colu
     return {
         "offsets.classes": _Column.of((at for at, row in kept if row is not None), "I32"),
         "offsets.rows": _Column(shape=(len(rows), width), pieces=rows, nbytes=sum(map(len, rows))),
+    }
+
+
+def _statistics_columns(config: TenantConfig, statistics: StoredStatistics) -> dict[str, _Column]:
+    kept = [(at, statistics.rows[spec.id]) for at, spec in enumerate(config.classes) if spec.id in statistics.rows]
+    rows, entry = [row for _, row in kept], _DTYPES["F32"].itemsize
+    width = len(rows[0]) // entry if rows else 0
+    if any(len(row) != width * entry for row in rows):
+        raise IncompatibleMemory("Class statistics are of several feature sizes.")
+    size = len(statistics.shared)
+    return {
+        "statistics.classes": _Column.of((at for at, _ in kept), "I32"),
+        "statistics.rows": _Column(shape=(len(rows), width), pieces=rows, nbytes=sum(map(len, rows))),
+        "statistics.shared": _Column(shape=(size // entry,), pieces=[statistics.shared], nbytes=size),
     }
 
 
@@ -335,6 +380,7 @@ def read(path: Path, *, settings: Settings) -> StoredMemory:
         shots=_shots(columns, config, settings),
         barred=_barred(columns, config, slots, settings),
         offsets=_offsets(columns, config, record.training),
+        counts=_statistics(columns, config),
     )
 
 
@@ -349,9 +395,10 @@ def _container(data: NDArray[np.uint8]) -> tuple[dict[str, str], Columns]:
         )
     header = _json(data[_PREFIX.size : start].tobytes(), "header", _MARKS)
     metadata = _checked_metadata(header.pop(_NAMED, None))
-    # All of what belongs to offsets, or nothing: then the file is that of a release without them.
-    trained = _TRAINING in metadata
-    wanted = [name for name in _COLUMNS if trained or name not in _OPTIONAL]
+    # All of what belongs to offsets or to statistics, or nothing: then the file is that of a release without them.
+    without = frozenset() if _TRAINING in metadata else _OFFSETS
+    without |= frozenset() if _STATISTICS & set(header) else _STATISTICS
+    wanted = [name for name in _COLUMNS if name not in without]
     _check_names(header, wanted, "tensor")
     body = data[start:]
     stretches = {name: _stretch(name, header[name]) for name in wanted}
@@ -533,10 +580,10 @@ def _config(text: str, settings: Settings) -> TenantConfig:
 
 
 def _typed(values: Mapping[str, Any]) -> TenantConfig:
-    """Return the configuration of parsed JSON; a field that an older release did not know has its default."""
+    """Return the configuration of parsed JSON; a field that an older release lacks has what it did then."""
     _check_fields(values, TenantConfig)
     # What there may be many of is looked at here, up to the first fault: pydantic would make an object for each.
-    typed = dict(values)
+    typed = {"method": "dmn", **values}
     if "classes" in values:
         typed["classes"] = tuple(_spec(one) for one in _list(values["classes"], "classes"))
     if "templates" in values:
@@ -738,6 +785,29 @@ def _offsets(columns: Columns, config: TenantConfig, training: Training | None) 
             raise InvalidRequest(f"The class {spec.name!r} has more than one row of offsets.")
         found[spec.id] = rows[begin].tobytes()
     return StoredOffsets(training=training, rows=found)
+
+
+def _statistics(columns: Columns, config: TenantConfig) -> dict[str, Count]:
+    """Return the class statistics, each number finite, nothing counted less than not at all."""
+    if "statistics.shared" not in columns:
+        return {}
+    rows, shared = columns["statistics.rows"], columns["statistics.shared"]
+    dims = {columns[name].shape[1] for name in ("dynamic.features", "static.features") if len(columns[name])}
+    dim = rows.shape[1] - 1 if len(rows) else next(iter(dims), 0)
+    if len(rows) != len(columns["statistics.classes"]) or dims - {dim} or len(shared) != shared_entries(dim):
+        raise InvalidRequest("The class statistics in the file do not fit together, or not its features.")
+    step = max(1, _CHECKED_ENTRIES // max(1, dim))
+    parts = [*(rows[at : at + step] for at in range(0, len(rows), step)), shared]
+    if not all((np.abs(part) <= _LARGEST_SUM).all() for part in parts):
+        raise InvalidRequest(f"A sum in the file's class statistics is no finite number up to {_LARGEST_SUM:g}.")
+    if (rows[:, :1] < 0).any() or shared[0] < 0:
+        raise InvalidRequest("The file's class statistics count fewer than no images.")
+    found = {}
+    for spec, begin, end in _stretches(config, _class_ends(columns, "statistics", config)):
+        if end - begin > 1:
+            raise InvalidRequest(f"The class {spec.name!r} has more than one row of statistics.")
+        found[spec.id] = rows[begin].tobytes()
+    return {SEED: Count(seq=1, statistics=StoredStatistics(rows=found, shared=shared.tobytes()))}
 
 
 def _class_ends(columns: Columns, what: str, config: TenantConfig) -> list[int]:

@@ -12,20 +12,30 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
-from core.classify import text_scores
+from core.adapted import adapt
+from core.classify import label_scores
 from core.codec import encode_feature
 from core.numerics import entropy
-from core.projection import project_text
+from core.snapshot import Snapshot
 
 from . import logs
-from .archive import origin_of, projection_of, stack_features
+from .archive import origin_of, snapshot_of, stack_features
 from .errors import Contended, Internal, QueueFull
 from .images import ImageFault
 from .jobs import Report
 from .rooms import Rooms
-from .stores.base import Conflict, Job, ReloadNeeded, StoredBank, StoredMemory, StoredShot, StoredSlot, TenantRecord
+from .stores.base import (
+    Conflict,
+    Job,
+    ReloadNeeded,
+    StoredBank,
+    StoredMemory,
+    StoredShot,
+    StoredSlot,
+    StoredStatistics,
+    TenantRecord,
+)
+from .tallies import encode
 
 _TRIES = 20
 _CLAIM_S = 60.0
@@ -57,7 +67,7 @@ async def _rescore(rooms: Rooms, tenant: str, report: Report) -> Mapping[str, An
             return {"slots": 0}
         config = stored.record.config
         try:
-            banks = await _scored_anew(rooms, stored, report)
+            banks, statistics = await _scored_anew(rooms, stored, report)
             await rooms.store.replace(
                 tenant,
                 config,
@@ -68,6 +78,7 @@ async def _rescore(rooms: Rooms, tenant: str, report: Report) -> Mapping[str, An
                 origin=origin_of(rooms.encoder),
                 slots={own: bank.best(config.slots) for own, bank in banks.items()},
                 barred=stored.barred,
+                statistics=statistics,
             )
         except Conflict:
             continue
@@ -82,30 +93,47 @@ def _is_due(record: TenantRecord, rooms: Rooms) -> bool:
     return record.fingerprint == rooms.encoder.fingerprint and record.labelling != record.due_labelling
 
 
-async def _scored_anew(rooms: Rooms, stored: StoredMemory, report: Report) -> dict[str, StoredBank]:
+async def _scored_anew(
+    rooms: Rooms, stored: StoredMemory, report: Report
+) -> tuple[dict[str, StoredBank], StoredStatistics | None]:
+    """Return every slot under its new label, and the class statistics that these slots make: others are gone."""
     config = stored.record.config
-    text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
-    head = await rooms.worker.run(lambda: project_text(text, projection_of(stored, text)))
     known = [slot for bank in stored.slots.values() for slot in bank]
+    if not known:
+        return {}, None
+    text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
+    bare = replace(stored, slots={}, counts={})
+    snapshot = await rooms.worker.run(snapshot_of, bare, text, rooms.encoder.logit_scale)
     out: dict[str, dict[str, StoredSlot]] = {}
     for start in range(0, len(known), _ROWS):
         # Some at a time, so that images get their turn in between.
         part = known[start : start + _ROWS]
-        for label, slot in await rooms.worker.run(_scored, part, head, rooms.encoder.logit_scale):
+        labelled, snapshot = await rooms.worker.run(_scored, part, snapshot)
+        for label, slot in labelled:
             own = config.classes[label].id
             scored = out.setdefault(own, {})
             rival = scored.get(slot.id, slot)
             if (own, slot.id) not in stored.barred and _order(slot) <= _order(rival):
                 scored[slot.id] = slot
         report((start + len(part)) / len(known))
-    return {own: StoredBank.of(bank.values()) for own, bank in out.items()}
+    banks = {own: StoredBank.of(bank.values()) for own, bank in out.items()}
+    if snapshot.adaptation is None:
+        return banks, None
+    ids = [spec.id for spec in config.classes]
+    return banks, await rooms.worker.run(encode, snapshot.adaptation.statistics, ids)
 
 
-def _scored(slots: Sequence[StoredSlot], head: Tensor, tau: float) -> list[tuple[int, StoredSlot]]:
-    """Return each slot with the label and entropy that its feature has, Eq. (4)."""
-    p = text_scores(stack_features(slots, head.shape[-1]).to(head), head, tau).exp()
+def _scored(slots: Sequence[StoredSlot], snapshot: Snapshot) -> tuple[list[tuple[int, StoredSlot]], Snapshot]:
+    """Return each slot with the label and entropy that its feature has, Eq. (4), and the snapshot that counted them."""
+    x = stack_features(slots, snapshot.text.shape[-1]).to(snapshot.text)
+    text, scores = label_scores(snapshot, x)
+    p = scores.softmax(-1)
     labels, entropies = p.argmax(-1).tolist(), entropy(p).tolist()
-    return [(label, replace(slot, entropy=nats)) for slot, label, nats in zip(slots, labels, entropies, strict=True)]
+    told = [(label, replace(slot, entropy=nats)) for slot, label, nats in zip(slots, labels, entropies, strict=True)]
+    if snapshot.adaptation is None:
+        return told, snapshot
+    adapted = adapt(snapshot.adaptation, x, text.to(x), scores.to(x), [True] * len(x))
+    return told, replace(snapshot, adaptation=adapted.adaptation)
 
 
 def _order(slot: StoredSlot) -> tuple[float, bytes]:
@@ -127,6 +155,7 @@ async def _reencode(rooms: Rooms, tenant: str, report: Report) -> Mapping[str, A
         if failed:
             await rooms.store.remove_shots(tenant, sorted(failed))
             await _drop(rooms, tenant)
+            await _rescore(rooms, tenant, report)  # with `auto` shots label too
         logs.event(logs.SHOTS_REENCODED, tenant=tenant, shots=len(done), failed=len(failed))
         return {"shots": len(done), "failed": sorted(failed)}
     raise Contended

@@ -122,6 +122,7 @@ def _prediction(reading: Reading, top_k: int) -> PredictionOut:
             text=_first(reading, reading.text),
             dynamic=_first(reading, reading.dynamic),
             static=None if reading.static is None else _first(reading, reading.static),
+            statistics=None if reading.statistics is None else _first(reading, reading.statistics),
         ),
         learned=LearnedOut(**asdict(reading.learned)),
         explain=None if reading.explanation is None else _explained(reading.explanation),

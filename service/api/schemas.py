@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from core.fusion import DEFAULT_WEIGHTS
 from core.prompts import DEFAULT_TEMPLATES
-from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS
+from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method
 from core.training import DEFAULT_EPOCHS
 
 from ..stores.base import Job, SnapshotInfo, StoredOffsets
@@ -66,6 +66,7 @@ class TenantIn(_In):
     weights: tuple[float, float, float] = DEFAULT_WEIGHTS
     learn: bool = True
     retention: Retention = "features"
+    method: Method = "auto"
 
     def config(self) -> TenantConfig:
         """Return what the service calls a configuration."""
@@ -77,6 +78,7 @@ class TenantIn(_In):
             weights=self.weights,
             learn=self.learn,
             retention=self.retention,
+            method=self.method,
         )
 
 
@@ -209,6 +211,7 @@ class TenantOut(_Out):
     weights: tuple[float, float, float]
     learn: bool
     retention: Retention
+    method: Method
     job: JobOut | None = None
 
     @staticmethod
@@ -223,6 +226,7 @@ class TenantOut(_Out):
             weights=config.weights,
             learn=config.learn,
             retention=config.retention,
+            method=config.method,
             job=None if job is None else JobOut.of(job),
         )
 
@@ -248,11 +252,12 @@ class ScoreOut(_Out):
 
 
 class ReadoutsOut(_Out):
-    """Each branch's own first answer; `static` is null without shots."""
+    """Each branch's own first answer; `static` is null without shots, `statistics` with the method `dmn`."""
 
     text: ScoreOut
     dynamic: ScoreOut
     static: ScoreOut | None
+    statistics: ScoreOut | None
 
 
 class LearnedOut(_Out):

@@ -535,7 +535,7 @@ def _added(one: bytes, other: bytes) -> bytes:
     """Return the sum of little-endian float32 numbers, entry by entry; b"" counts as zeros."""
     if not one or not other:
         return one or other
-    return (np.frombuffer(one, "<f4") + np.frombuffer(other, "<f4")).astype("<f4").tobytes()
+    return bytes((np.frombuffer(one, "<f4") + np.frombuffer(other, "<f4")).astype("<f4").data)
 
 
 def digest_of(ids: Sequence[str], entropies: Sequence[float]) -> str:

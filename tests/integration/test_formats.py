@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -22,6 +23,7 @@ from tests.servers import BINARIES, server
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
 
 CONFIG = TenantConfig(classes=(ClassSpec(name="red"),))
+PAPERS = replace(CONFIG, method="dmn")
 STAMP = Stamp(epoch=1, version=0)
 
 
@@ -78,17 +80,26 @@ async def test_a_tenant_of_another_format_is_refused_and_stays_as_it_is(shelf: S
     assert await shelf.contents() == before
 
 
+async def test_only_a_tenant_with_the_method_auto_is_kept_from_versions_that_do_not_know_it(shelf: Shelf) -> None:
+    for config, format_ in ((replace(CONFIG, method="dmn"), b"1"), (replace(CONFIG, method="auto"), b"3")):
+        await shelf.store.delete("other")
+        await shelf.store.replace("other", config, "f", expected=None, labelling="", origin={})
+        kept = await shelf.client.hgetall("dmn:{other}:cfg")
+        assert kept[b"format"] == format_
+        assert (b'"method"' in kept[b"config"]) is (config.method == "auto")
+
+
 async def test_only_a_tenant_with_offsets_is_kept_from_versions_that_do_not_know_them(shelf: Shelf) -> None:
     """What has none is written as it always was, and what was written so is read."""
     key, row = "dmn:{other}:cfg", {CONFIG.classes[0].id: b"\x00" * 20}
     training = Training(id="t", created=0.0, seed=0, epochs=1, learning_rate=1e-4, shots=2, dim=1)
-    stamp = await shelf.store.replace("other", CONFIG, "f", expected=None, labelling="", origin={})
+    stamp = await shelf.store.replace("other", PAPERS, "f", expected=None, labelling="", origin={})
     bare = await shelf.client.hgetall(key)
     assert bare[b"format"] == b"1"
     assert not {b"frame", b"training"} & set(bare)
     for offsets, format_ in ((StoredOffsets(training=training, rows=row), b"2"), (StoredOffsets(), b"1")):
         stamp = await shelf.store.replace(
-            "other", CONFIG, "f", expected=stamp, labelling="", origin={}, offsets=offsets
+            "other", PAPERS, "f", expected=stamp, labelling="", origin={}, offsets=offsets
         )
         assert await shelf.client.hget(key, "format") == format_
         loaded = await shelf.store.load("other")

@@ -39,8 +39,9 @@ async def test_a_prediction_says_what_the_surface_promises(house: House) -> None
     assert one["top"][0] == {"label": one["label"], "score": one["score"]}
     assert one["label"] == "red"
     assert sum(found["score"] for found in one["top"]) == pytest.approx(1)
-    assert list(one["readouts"]) == ["text", "dynamic", "static"]
+    assert list(one["readouts"]) == ["text", "dynamic", "static", "statistics"]
     assert one["readouts"]["static"] is None
+    assert one["readouts"]["statistics"]["label"] == "red"
     assert list(one["learned"]) == ["outcome", "label", "entropy", "slot", "evicted"]
     assert (one["explain"], one["error"]) == (None, None)
     (slot,) = await house.slots("red")

@@ -188,7 +188,7 @@ async def test_an_image_that_breaks_the_encoder_fails_alone_and_leaves_no_trace(
     build: Build, encoder: type[MagicEncoder]
 ) -> None:
     house = await build(encoder())
-    await house.put(classes=["red", "green", "blue", "white"])
+    await house.put(classes=["red", "green", "blue", "white"], method="dmn")
     await house.put("other")
     good = [picture("red", 1), picture("green", 2), picture("blue", 3)]
     answer, other = await asyncio.gather(

@@ -38,7 +38,8 @@ async def test_shots_make_the_static_branch_speak(house: House) -> None:
     assert after["learned"]["entropy"] == pytest.approx(before["learned"]["entropy"], abs=1e-6)
 
 
-async def test_shots_leave_the_dynamic_slots_alone(house: House) -> None:
+async def test_shots_leave_the_dynamic_slots_alone_with_the_paper_s_method(house: House) -> None:
+    await house.put(method="dmn")
     await house.predictions(*[picture("red", seed) for seed in range(3)])
     banks, epoch = await house.banks(), (await house.memory())["epoch"]
     await house.upload("red", RED)

@@ -44,7 +44,11 @@ async def imported(house: House, data: bytes, tenant: str = "default") -> httpx.
 
 
 async def answers(house: House, tenant: str = "default") -> list[Any]:
-    """Return everything that is said about a few images, to the last bit, without teaching them."""
+    """Return everything that is said about a few images, to the last bit, without teaching them.
+
+    As whoever opens the memory at this moment says it: class statistics are otherwise read as of a few images ago.
+    """
+    await house.rooms.archive.hand_in(tenant)
     told = await house.predictions(
         *(picture("red", 90 + i) for i in range(5)), tenant=tenant, learn=False, explain=True
     )

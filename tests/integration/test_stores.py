@@ -70,6 +70,7 @@ async def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None
         await name_classes(rooms)
         for i, colour in enumerate(COLOURS):
             await ask(rooms, picture(colour, i))
+        await rooms.archive.hand_in(DEFAULT_TENANT)
         asked = await ask(rooms, picture("red", 9), learn=False)
         before = await adapt.load(rooms, DEFAULT_TENANT)
     async with house(tmp_path) as rooms:

@@ -46,6 +46,7 @@ async def test_the_default_tenant_exists_at_first_without_classes(build: Build) 
         "weights": [1.0, 1.0, 1.0],
         "learn": True,
         "retention": "features",
+        "method": "auto",
     }
     memory = await house.memory()
     assert memory["dynamic"] == {"slots": 50, "classes": []}
@@ -63,6 +64,7 @@ async def test_a_tenant_is_created_once_and_then_replaced(build: Build) -> None:
         "weights": [1.0, 2.0, 0.5],
         "learn": False,
         "retention": "images",
+        "method": "dmn",
     }
     first = await house.client.put("/tenants/shop", json=config)
     again = await house.client.put("/tenants/shop", json=config)

@@ -586,7 +586,7 @@ def test_evaluate_takes_shots_out_of_the_stream(run: Run, tmp_path: Path) -> Non
     root = folder(tmp_path / "data", red=["red"] * 4, green=["green"] * 3, blue=["blue"] * 5)
     told = run("evaluate", root, "--shots", 2, "--json").json
     assert (told["n"], told["shots"]) == (12 - 6, 2)
-    assert told["accuracy"] == {"text": 100.0, "dynamic": 100.0, "static": 100.0, "fused": 100.0}
+    assert told["accuracy"] == {"text": 100.0, "dynamic": 100.0, "static": 100.0, "statistics": 100.0, "fused": 100.0}
 
 
 def test_evaluate_says_the_same_for_the_same_seed(run: Run, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from core.classify import classify as classify_in_core
 from core.codec import encode_feature
 from core.numerics import affinity, unit
 from core.shelves import Shelves
+from core.snapshot import Method
 from service import desk as desk_module
 from service.archive import Archive
 from service.desk import Desk, Question, Reading
@@ -112,9 +113,16 @@ class Study:
         )
 
     async def create(
-        self, tenant: str = "zoo", *, slots: int = 2, learn: bool = True, labelling: str | None = None
+        self,
+        tenant: str = "zoo",
+        *,
+        slots: int = 2,
+        learn: bool = True,
+        labelling: str | None = None,
+        method: Method = "dmn",
     ) -> Stamp:
-        config = TenantConfig(classes=tuple(ClassSpec(name=name) for name in NAMES), slots=slots, learn=learn)
+        classes = tuple(ClassSpec(name=name) for name in NAMES)
+        config = TenantConfig(classes=classes, slots=slots, learn=learn, method=method)
         return await self.put(tenant, config, labelling=labelling)
 
     async def put(self, tenant: str, config: TenantConfig, *, labelling: str | None = None) -> Stamp:

@@ -52,6 +52,7 @@ def reading(*fused: float) -> Reading:
         text=p,
         dynamic=p,
         static=None,
+        statistics=None,
         learned=Learned(outcome="filled", label="a", entropy=0.0),
         explanation=None,
         stamp=Stamp(epoch=1, version=1),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from core.codec import decode_feature, encode_feature
 from core.numerics import unit
+from core.snapshot import Snapshot
 from service import adapt, app, upkeep
 from service.classify import ClassifyCall, classify
 from service.desk import Reading
@@ -179,12 +180,14 @@ class Gate:
         self._real, self._at = upkeep._scored, at
         self._open, self._loop, self.reached = threading.Event(), asyncio.get_running_loop(), asyncio.Event()
 
-    def __call__(self, slots: Sequence[StoredSlot], text: Tensor, tau: float) -> list[tuple[int, StoredSlot]]:
+    def __call__(
+        self, slots: Sequence[StoredSlot], snapshot: Snapshot
+    ) -> tuple[list[tuple[int, StoredSlot]], Snapshot]:
         self._at -= 1
         if not self._at:
             self._loop.call_soon_threadsafe(self.reached.set)
             self._open.wait(PATIENCE_S)
-        return self._real(slots, text, tau)
+        return self._real(slots, snapshot)
 
     def open(self) -> None:
         self._open.set()

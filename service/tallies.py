@@ -1,0 +1,220 @@
+"""Class statistics of hot memories: what was counted here, what others counted, and how the two come together.
+
+Every hot memory counts under a name of its own and writes what it has counted, whole rows of it, every few seconds. A
+memory's statistics are the sum of all counters of its life, so workers need no lock, and writing again changes
+nothing. A process that dies takes what it counted in the last seconds with it; slots are never lost so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import IncompatibleMemory
+from core.statistics import Statistics
+
+from .errors import ServiceError
+from .stores.base import Count, MemoryStore, ReloadNeeded, Stamp, StoredStatistics
+from .worker import Worker
+
+EXCHANGE_S = 5.0
+"""How often what was counted is written, and what others counted is read."""
+
+RECENT = 4096
+"""Images that a hot memory knows again, so that one that is sent twice is counted once."""
+
+_MANY = 8
+_IDLE_S = 60.0
+_SHARED = ("images", "total", "second", "agreed", "sure")
+"""What is of no class, in the order in which it is stored."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one hot memory has counted, and what other counters had at their writes `seen`.
+
+    `written` is what the store has of this counter by its write `seq`, `flying` is on its way there, and `waiting` was
+    counted since.
+    """
+
+    tenant: str
+    class_ids: tuple[str, ...]
+    written: Statistics
+    flying: Statistics
+    waiting: Statistics
+    others: dict[str, Statistics]
+    seen: dict[str, int]
+    exchanged_at: float
+    counter: str = field(default_factory=lambda: uuid4().hex[:12])
+    seq: int = 0
+    recent: OrderedDict[str, None] = field(default_factory=OrderedDict)
+
+    @property
+    def total(self) -> Statistics:
+        """What all counters have counted."""
+        # In the order in which a store adds them up, so that what it has gives the same sums to the last bit.
+        first, *rest = (part for _, part in sorted({**self.others, self.counter: self.written}.items()))
+        for part in (*rest, self.flying, self.waiting):
+            first = first + part
+        return first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 3 * self.written.nbytes + sum(part.nbytes for part in self.others.values())
+
+    def add(self, counted: Statistics) -> None:
+        """Count some images."""
+        self.waiting = self.waiting + counted
+
+    def is_new(self, digests: Sequence[str]) -> list[bool]:
+        """Return of each image whether it was not counted lately, nor earlier among these."""
+        told, met = [], set()
+        for digest in digests:
+            told.append(digest not in self.recent and digest not in met)
+            met.add(digest)
+        return told
+
+    def remember(self, digests: Sequence[str]) -> None:
+        """Know images again that were counted."""
+        self.recent.update(dict.fromkeys(digests))
+        while len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
+
+
+def begin(tenant: str, class_ids: Sequence[str], counts: Mapping[str, Count], like: Tensor, now: float) -> Tally:
+    """Return a tally that has counted nothing yet, for class weights `like` (c, d).
+
+    Raises:
+        IncompatibleMemory: what is stored is of another size.
+    """
+    none = Statistics.zeros(*like.shape, device=like.device)
+    return Tally(
+        tenant=tenant,
+        class_ids=tuple(class_ids),
+        written=none,
+        flying=none,
+        waiting=none,
+        others={name: decode(count.statistics, class_ids, like) for name, count in counts.items()},
+        seen={name: count.seq for name, count in counts.items()},
+        exchanged_at=now,
+    )
+
+
+def encode(statistics: Statistics, class_ids: Sequence[str], which: Tensor | None = None) -> StoredStatistics:
+    """Return statistics as a store keeps them: rows of all classes, or of those told by `which`."""
+    rows = torch.cat((statistics.counts[:, None], statistics.sums), dim=1).cpu().numpy().astype("<f4")
+    told = range(len(class_ids)) if which is None else which.nonzero()[:, 0].tolist()
+    shared = torch.cat([getattr(statistics, name).reshape(-1) for name in _SHARED])
+    return StoredStatistics(
+        rows={class_ids[at]: rows[at].tobytes() for at in told}, shared=shared.cpu().numpy().astype("<f4").tobytes()
+    )
+
+
+def shared_entries(dim: int) -> int:
+    """Return how many numbers of no class statistics have."""
+    blank = Statistics.zeros(1, dim, device="meta")
+    return sum(getattr(blank, name).numel() for name in _SHARED)
+
+
+def decode(stored: StoredStatistics, class_ids: Sequence[str], like: Tensor) -> Statistics:
+    """Return stored statistics for class weights `like` (c, d); zero for a class without a row.
+
+    Raises:
+        IncompatibleMemory: they are of another size.
+    """
+    blank = Statistics.zeros(*like.shape, device=like.device)
+    if not stored.shared:
+        return blank
+    sizes = {name: getattr(blank, name).numel() for name in _SHARED}
+    flat = np.frombuffer(stored.shared, "<f4")
+    table = np.zeros((len(class_ids), 1 + like.shape[1]), np.float32)
+    rows = {at: np.frombuffer(stored.rows[own], "<f4") for at, own in enumerate(class_ids) if own in stored.rows}
+    if len(flat) != sum(sizes.values()) or any(len(row) != table.shape[1] for row in rows.values()):
+        raise IncompatibleMemory(f"Stored class statistics are not those of features of {like.shape[1]} entries.")
+    for at, row in rows.items():
+        table[at] = row
+    parts = torch.from_numpy(flat.astype(np.float32)).to(like).split(list(sizes.values()))
+    shared = {name: part.reshape(getattr(blank, name).shape) for name, part in zip(_SHARED, parts, strict=True)}
+    by_class = torch.from_numpy(table).to(like)
+    return Statistics(counts=by_class[:, 0].clone(), sums=by_class[:, 1:].clone(), **shared)
+
+
+class Ledger:
+    """Writes tallies to the store and reads what others counted; nothing of it holds a tenant's memory."""
+
+    def __init__(self, store: MemoryStore, worker: Worker, clock: Callable[[], float]) -> None:
+        self._store, self._worker, self._clock = store, worker, clock
+
+    async def exchange(self, tally: Tally, at: Stamp) -> dict[str, Statistics] | None:
+        """Write what was counted, and return what other counters have by now; None where nothing is new.
+
+        Raises:
+            ReloadNeeded: the tenant is in another epoch.
+            StoreDown: the store does not answer; what was counted stays to be written.
+        """
+        tally.exchanged_at = self._clock()
+        await self.write(tally, at)
+        known = {**tally.seen, tally.counter: tally.seq}
+        counts, names = await self._store.counts(tally.tenant, at, known)
+        gone = set(tally.others) - names
+        if not counts and not gone:
+            return None
+        await self._fold(tally, at, counts, names)
+        read = {name: count for name, count in counts.items() if name != tally.counter}
+        fresh = await self._worker.run(
+            lambda: {
+                name: decode(count.statistics, tally.class_ids, tally.written.sums) for name, count in read.items()
+            }
+        )
+        tally.seen = {name: seq for name, seq in tally.seen.items() if name in names}
+        tally.seen |= {name: count.seq for name, count in read.items()}
+        return {**{name: part for name, part in tally.others.items() if name in names}, **fresh}
+
+    async def write(self, tally: Tally, at: Stamp) -> None:
+        """Write what the store does not have; under another name if what it had was put together with others'.
+
+        Raises:
+            ReloadNeeded, StoreDown: as for `exchange`.
+        """
+        if not float(tally.waiting.images):
+            return
+        none = Statistics.zeros(*tally.written.sums.shape, device=tally.written.sums.device)
+        tally.flying, tally.waiting = tally.waiting, none
+        try:
+            if not await self._send(tally, at):
+                # What was written is in another counter now, which is read next.
+                tally.counter, tally.seq, tally.written = uuid4().hex[:12], 0, none
+                await self._send(tally, at)
+            tally.written = tally.written + tally.flying
+            tally.seq += 1
+        except BaseException:
+            tally.waiting = tally.flying + tally.waiting
+            raise
+        finally:
+            tally.flying = none
+
+    async def _send(self, tally: Tally, at: Stamp) -> bool:
+        whole, changed = tally.written + tally.flying, tally.flying.counts > 0
+        told = await self._worker.run(encode, whole, tally.class_ids, changed)
+        return await self._store.count(tally.tenant, at, tally.counter, tally.seq, told)
+
+    async def leave(self, tally: Tally, at: Stamp) -> None:
+        """Write what a memory that is dropped has counted; what belongs to another epoch is given up."""
+        with suppress(ReloadNeeded, ServiceError):
+            await self.write(tally, at)
+
+    async def _fold(self, tally: Tally, at: Stamp, counts: Mapping[str, Count], names: set[str]) -> None:
+        """Put idle counters together where there are many: processes that are gone leave theirs behind."""
+        idle = {name: count for name, count in counts.items() if count.idle_s > _IDLE_S and name != tally.counter}
+        if len(names) > _MANY and len(idle) > 1:
+            with suppress(ServiceError, asyncio.TimeoutError):
+                await self._store.fold(tally.tenant, at, idle, uuid4().hex[:12])
