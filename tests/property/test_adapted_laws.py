@@ -25,10 +25,10 @@ from tests import literal_auto
 from tests.literal import u
 from tests.property.worlds import World, array, branches, close, joined, worlds
 
-BATCHES = {"fused": 1e-4, "statistics": 3e-4}
+BATCHES = {"fused": 2e-4, "statistics": 2e-3}
 """Largest difference that batches make: rounding, over the length of what images differ by from their mean, times tau.
 
-Fused answers of most streams differ by less than 1e-5.
+Fused answers of nine in ten streams differ by less than 1e-5; an image that is close to the mean of all sees most of it.
 """
 
 FROM_LABELS = tuple(field.name for field in fields(Statistics) if field.name != "agreed")
