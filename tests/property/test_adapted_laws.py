@@ -28,7 +28,7 @@ from tests.property.worlds import World, array, branches, close, joined, worlds
 BATCHES = {"fused": 2e-4, "statistics": 2e-3}
 """Largest difference that batches make: rounding, over the length of what images differ by from their mean, times tau.
 
-Fused answers of nine in ten streams differ by less than 1e-5; an image that is close to the mean of all sees most of it.
+Fused answers of nine in ten streams differ by less than 1e-5; images near the mean of all differ most.
 """
 
 FROM_LABELS = tuple(field.name for field in fields(Statistics) if field.name != "agreed")
