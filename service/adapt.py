@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from core.adapted import Adaptation
 from core.codec import encode_feature
 
 from . import logs, snapshots, upkeep
@@ -233,6 +234,16 @@ async def load(rooms: Rooms, tenant: str) -> StoredMemory:
     if stored is None:
         raise UnknownTenant(f"There is no tenant {tenant!r}.")
     return stored
+
+
+async def adaptation(rooms: Rooms, record: TenantRecord) -> Adaptation | None:
+    """Return what the method `auto` reads a tenant's memory with; None with `dmn`, or if it cannot be read now."""
+    if record.config.method != "auto" or not record.config.classes:
+        return None
+    with suppress(ServiceError):
+        async with rooms.archive.open(record.name) as hot:
+            return hot.snapshot.adaptation
+    return None
 
 
 async def _change(rooms: Rooms, tenant: str, revise: Revise, *, anew: bool = False) -> Changed:

@@ -230,7 +230,7 @@ class Archive:
         if everything:
             left += [(hot.tally, hot.stamp) for hot in self._hot.values() if hot.tally is not None]
         for tally, stamp in left:
-            await self._ledger.leave(tally, stamp)
+            self._metrics.counted.labels("lost").inc(await self._ledger.leave(tally, stamp))
 
     async def verify(self, tenant: str, every_s: float = 0.0) -> None:
         """Compare a hot memory with the store's, unless that was done lately; one that differs is loaded anew.

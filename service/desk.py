@@ -202,6 +202,7 @@ class Desk:
             learned = await self._learn(hot, group, answers)
         if answers.adapted is not None:
             await self._worker.run(_count, hot, [waiting.question.digest for waiting in group], answers.adapted)
+            self._metrics.counted.labels("counted").inc(float(answers.adapted.counted.images))
         names = tuple(spec.name for spec in hot.config.classes)
         for i, (waiting, own) in enumerate(zip(group, learned, strict=True)):
             if waiting.future.done():

@@ -37,6 +37,7 @@ class Metrics:
         self.image_errors = counter("dmn_image_errors_total", "Images that failed, by problem.", "reason")
         self.predictions = counter("dmn_predictions_total", "Images answered, by which branches agree.", "agreement")
         self.updates = counter("dmn_memory_updates_total", "What images did to the dynamic memory.", "outcome")
+        self.counted = counter("dmn_statistics_images_total", "What became of images for class statistics.", "outcome")
         self.repairs = counter("dmn_memory_repairs_total", "Hot memories found different from the store's.")
         self.hot_evictions = counter("dmn_hot_evictions_total", "Hot memories dropped for room.")
         self.store_errors = counter("dmn_store_errors_total", "Store operations that failed.", "op")
@@ -79,6 +80,8 @@ class Metrics:
         """Start the series whose labels are known, so that a rate over them is 0 and not absent."""
         for outcome in OUTCOMES:
             self.updates.labels(outcome)
+        for outcome in ("counted", "lost"):
+            self.counted.labels(outcome)
         for agreement in AGREEMENTS:
             self.predictions.labels(agreement)
         for stage in STAGES:

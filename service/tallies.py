@@ -207,10 +207,11 @@ class Ledger:
         told = await self._worker.run(encode, whole, tally.class_ids, changed)
         return await self._store.count(tally.tenant, at, tally.counter, tally.seq, told)
 
-    async def leave(self, tally: Tally, at: Stamp) -> None:
-        """Write what a memory that is dropped has counted; what belongs to another epoch is given up."""
+    async def leave(self, tally: Tally, at: Stamp) -> float:
+        """Write what a memory that is dropped has counted; return how many images had to be given up."""
         with suppress(ReloadNeeded, ServiceError):
             await self.write(tally, at)
+        return float(tally.waiting.images)
 
     async def _fold(self, tally: Tally, at: Stamp, counts: Mapping[str, Count], names: set[str]) -> None:
         """Put idle counters together where there are many: processes that are gone leave theirs behind."""

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
+from core.adapted import Adaptation
+
 from .. import adapt, training
 from ..archive import held_bytes
 from ..classify import Fault
@@ -33,6 +35,7 @@ from .deps import (
 )
 from .problems import AllFailed, problem_of
 from .schemas import (
+    AdaptationOut,
     DynamicClassOut,
     DynamicOut,
     JobOut,
@@ -72,7 +75,8 @@ _UPLOAD = {
 @router.get("", summary="Look at both memories")
 async def get_memory(rooms: RoomsDep, tenant: TenantDep) -> MemoryOut:
     """Return counts and entropies of every class, and where the memory is in its life."""
-    return _memory_out(rooms, await adapt.load(rooms, tenant))
+    stored = await adapt.load(rooms, tenant)
+    return _memory_out(rooms, stored, await adapt.adaptation(rooms, stored.record))
 
 
 @router.get("/dynamic/{name:path}", summary="Look at the slots of a class")
@@ -191,7 +195,7 @@ def _shot_out(label: str, result: adapt.Shot | Fault) -> ShotOut:
     return ShotOut(id=None, label=label, error=problem_of(result))
 
 
-def _memory_out(rooms: Rooms, stored: StoredMemory) -> MemoryOut:
+def _memory_out(rooms: Rooms, stored: StoredMemory, adaptation: Adaptation | None) -> MemoryOut:
     record, classes = stored.record, stored.record.config.classes
     banks = [(spec.name, stored.slots.get(spec.id, ())) for spec in classes]
     return MemoryOut(
@@ -211,4 +215,5 @@ def _memory_out(rooms: Rooms, stored: StoredMemory) -> MemoryOut:
             classes=[StaticClassOut(label=spec.name, count=len(stored.shots.get(spec.id, ()))) for spec in classes]
         ),
         projections=ProjectionsOut.of(stored.offsets),
+        adaptation=None if adaptation is None else AdaptationOut.of(adaptation),
     )

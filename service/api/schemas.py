@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from core.adapted import Adaptation
 from core.fusion import DEFAULT_WEIGHTS
 from core.prompts import DEFAULT_TEMPLATES
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method
@@ -430,8 +432,36 @@ class ProjectionsOut(_Out):
         )
 
 
+class AdaptationOut(_Out):
+    """How far the method `auto` trusts what it has.
+
+    `images` were counted in class statistics; the weights are those of the shots' and the statistics' scores beside the
+    text head's; `held_out` shots the shots' weight and the `sharpness` were measured on (0: none could be left out).
+    """
+
+    images: int
+    shots_weight: float
+    statistics_weight: float
+    sharpness: float
+    held_out: int
+    temperature: float
+
+    @staticmethod
+    def of(adaptation: Adaptation) -> AdaptationOut:
+        """Return what a caller sees of it."""
+        frozen, read = adaptation.frozen, adaptation.directions
+        return AdaptationOut(
+            images=int(adaptation.statistics.images),
+            shots_weight=frozen.weight,
+            statistics_weight=read.weight,
+            sharpness=frozen.sharpness,
+            held_out=frozen.held_out,
+            temperature=math.exp(read.temperature),
+        )
+
+
 class MemoryOut(_Out):
-    """Both memories of a tenant; `bytes` of features, kept images and trained offsets."""
+    """Both memories of a tenant; `bytes` of features, kept images and offsets; `adaptation` is that of `auto`."""
 
     tenant: str
     fingerprint: str
@@ -441,6 +471,7 @@ class MemoryOut(_Out):
     dynamic: DynamicOut
     static: StaticOut
     projections: ProjectionsOut | None
+    adaptation: AdaptationOut | None
 
 
 class ResetOut(_Out):

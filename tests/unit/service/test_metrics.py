@@ -17,6 +17,7 @@ FIXED: dict[str, tuple[type[MetricWrapperBase], tuple[str, ...]]] = {
     "dmn_memory_repairs_total": (Counter, ()),
     "dmn_hot_evictions_total": (Counter, ()),
     "dmn_store_errors_total": (Counter, ("op",)),
+    "dmn_statistics_images_total": (Counter, ("outcome",)),
     "dmn_request_duration_seconds": (Histogram, ("route",)),
     "dmn_stage_duration_seconds": (Histogram, ("stage",)),
     "dmn_batch_images": (Histogram, ()),
