@@ -60,8 +60,8 @@ class HotMemory:
 
     `position` leads from class id to class position; `barred` are purged slots; `filled` are dynamic slots; `nbytes`
     counts features and what is kept ready from them, `static_bytes` shots and offsets. `tally` is there with the method
-    `auto`. `unread` shots wait for this
-    encoder to read their images. `away` says that the store could not be asked how it stands.
+    `auto`. `unread` shots wait for this encoder to read their images. `away` says that the store could not be asked how
+    it stands.
     """
 
     record: TenantRecord
@@ -204,16 +204,15 @@ class Archive:
         if hot is None or hot.tally is None or self._clock() - hot.tally.exchanged_at < every_s:
             return
         try:
-            others = await self._ledger.exchange(hot.tally, hot.stamp)
+            new = await self._ledger.exchange(hot.tally, hot.stamp)
         except ReloadNeeded:
             return  # it moves on; whoever opens it next brings it in step
-        async with self.exclusive(tenant):
-            if others is not None and self._hot.get(tenant) is hot:
-                hot.tally.others = others
+        if new:
+            async with self.exclusive(tenant):
                 await self._worker.run(_recount, hot)
 
     async def hand_in(self, tenant: str) -> None:
-        """Write what a hot memory has counted, and read it from now on as who opens the memory anew reads it.
+        """Do as `exchange` does, and read the memory from now on as who opens it anew reads it.
 
         Raises:
             StoreDown: the store does not answer.
@@ -221,16 +220,20 @@ class Archive:
         hot = self._hot.get(tenant)
         if hot is not None and hot.tally is not None:
             with suppress(ReloadNeeded):
-                await self._ledger.write(hot.tally, hot.stamp)
+                await self._ledger.exchange(hot.tally, hot.stamp)
                 await self._worker.run(_recount, hot, anew=True)
 
     async def settle(self, *, everything: bool = False) -> None:
-        """Write what dropped memories had counted, and with `everything` what the hot ones have."""
-        left, self._left = self._left, []
+        """Write what dropped memories had counted, and with `everything` what the hot ones have.
+
+        What the store does not take because it is away is kept for the next time.
+        """
         if everything:
-            left += [(hot.tally, hot.stamp) for hot in self._hot.values() if hot.tally is not None]
-        for tally, stamp in left:
-            self._metrics.counted.labels("lost").inc(await self._ledger.leave(tally, stamp))
+            self._left += [(hot.tally, hot.stamp) for hot in self._hot.values() if hot.tally is not None]
+        for left in list(self._left):
+            with suppress(StoreDown):
+                self._metrics.counted.labels("lost").inc(await self._ledger.leave(*left))
+                self._left = [one for one in self._left if one is not left]
 
     async def verify(self, tenant: str, every_s: float = 0.0) -> None:
         """Compare a hot memory with the store's, unless that was done lately; one that differs is loaded anew.
@@ -508,6 +511,7 @@ def _recount(hot: HotMemory, *, anew: bool = False) -> None:
     snapshot = hot.snapshot
     if hot.tally is not None and snapshot.adaptation is not None:
         hot.shelves.advance(replace(snapshot, adaptation=snapshot.adaptation.known(hot.tally.total, anew=anew)))
+        hot.measure()
 
 
 def _rewrite(bank: Slots, own: dict[str, StoredSlot | None], dim: int) -> Slots:

@@ -8,8 +8,10 @@ nothing. A process that dies takes what it counted in the last seconds with it; 
 from __future__ import annotations
 
 import asyncio
+import math
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from uuid import uuid4
@@ -21,7 +23,7 @@ from torch import Tensor
 from core.errors import IncompatibleMemory
 from core.statistics import Statistics
 
-from .errors import ServiceError
+from .errors import StoreDown
 from .stores.base import Count, MemoryStore, ReloadNeeded, Stamp, StoredStatistics
 from .worker import Worker
 
@@ -42,7 +44,7 @@ class Tally:
     """What one hot memory has counted, and what other counters had at their writes `seen`.
 
     `written` is what the store has of this counter by its write `seq`, `flying` is on its way there, and `waiting` was
-    counted since.
+    counted since. One task at a time has its `turn` with the store; the worker counts meanwhile.
     """
 
     tenant: str
@@ -56,15 +58,25 @@ class Tally:
     counter: str = field(default_factory=lambda: uuid4().hex[:12])
     seq: int = 0
     recent: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    guard: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def total(self) -> Statistics:
         """What all counters have counted."""
+        with self.guard:
+            every = {**self.others, self.counter: self.written}
+            new = self.flying, self.waiting
         # In the order in which a store adds them up, so that what it has gives the same sums to the last bit.
-        first, *rest = (part for _, part in sorted({**self.others, self.counter: self.written}.items()))
-        for part in (*rest, self.flying, self.waiting):
+        first, *rest = (part for _, part in sorted(every.items()))
+        for part in (*rest, *new):
             first = first + part
         return first
+
+    @property
+    def none(self) -> Statistics:
+        """Those of no image."""
+        return Statistics.zeros(*self.written.sums.shape, device=self.written.sums.device)
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +85,35 @@ class Tally:
 
     def add(self, counted: Statistics) -> None:
         """Count some images."""
-        self.waiting = self.waiting + counted
+        with self.guard:
+            self.waiting = self.waiting + counted
+
+    def send(self) -> None:
+        """Put what waits on its way to the store."""
+        with self.guard:
+            self.flying, self.waiting = self.waiting, self.none
+
+    def land(self, seq: int) -> None:
+        """Take what was on its way for written, by a write of that number."""
+        with self.guard:
+            self.written, self.flying, self.seq = self.written + self.flying, self.none, seq
+
+    def turn_back(self) -> None:
+        """Let what was on its way wait again."""
+        with self.guard:
+            self.waiting, self.flying = self.flying + self.waiting, self.none
+
+    def rename(self) -> None:
+        """Count on under another name; what was written is another's until it is read where it is now."""
+        with self.guard:
+            self.others = {**self.others, self.counter: self.written}
+            self.counter, self.seq, self.written = uuid4().hex[:12], 0, self.none
+
+    def take_in(self, fresh: Mapping[str, Statistics], seen: Mapping[str, int], names: Container[str]) -> None:
+        """Take in what other counters have by their writes `seen`; those that are not among `names` are gone."""
+        with self.guard:
+            self.others = {name: part for name, part in {**self.others, **fresh}.items() if name in names}
+            self.seen = {name: seq for name, seq in {**self.seen, **seen}.items() if name in names}
 
     def is_new(self, digests: Sequence[str]) -> list[bool]:
         """Return of each image whether it was not counted lately, nor earlier among these."""
@@ -125,6 +165,12 @@ def shared_entries(dim: int) -> int:
     return sum(getattr(blank, name).numel() for name in _SHARED)
 
 
+def dim_of_shared(entries: int) -> int:
+    """Return the feature size D of which statistics have so many numbers of no class."""
+    # D + D^2 of them depend on it.
+    return (math.isqrt(4 * (entries - shared_entries(0)) + 1) - 1) // 2
+
+
 def decode(stored: StoredStatistics, class_ids: Sequence[str], like: Tensor) -> Statistics:
     """Return stored statistics for class weights `like` (c, d); zero for a class without a row.
 
@@ -154,68 +200,70 @@ class Ledger:
     def __init__(self, store: MemoryStore, worker: Worker, clock: Callable[[], float]) -> None:
         self._store, self._worker, self._clock = store, worker, clock
 
-    async def exchange(self, tally: Tally, at: Stamp) -> dict[str, Statistics] | None:
-        """Write what was counted, and return what other counters have by now; None where nothing is new.
+    async def exchange(self, tally: Tally, at: Stamp) -> bool:
+        """Write what was counted, and take in what other counters have by now; return whether anything of it is new.
 
         Raises:
             ReloadNeeded: the tenant is in another epoch.
             StoreDown: the store does not answer; what was counted stays to be written.
         """
-        tally.exchanged_at = self._clock()
-        await self.write(tally, at)
-        known = {**tally.seen, tally.counter: tally.seq}
-        counts, names = await self._store.counts(tally.tenant, at, known)
-        gone = set(tally.others) - names
-        if not counts and not gone:
-            return None
-        await self._fold(tally, at, counts, names)
-        read = {name: count for name, count in counts.items() if name != tally.counter}
-        fresh = await self._worker.run(
-            lambda: {
-                name: decode(count.statistics, tally.class_ids, tally.written.sums) for name, count in read.items()
-            }
-        )
-        tally.seen = {name: seq for name, seq in tally.seen.items() if name in names}
-        tally.seen |= {name: count.seq for name, count in read.items()}
-        return {**{name: part for name, part in tally.others.items() if name in names}, **fresh}
+        async with tally.turn:
+            tally.exchanged_at = self._clock()
+            await self._write(tally, at)
+            counts, idle = await self._store.counts(tally.tenant, at, {**tally.seen, tally.counter: tally.seq})
+            if tally.seq and tally.counter not in idle:
+                tally.rename()
+            read = {name: count for name, count in counts.items() if name != tally.counter}
+            new = bool(read) or not tally.others.keys() <= idle.keys()
+            if new:
+                fresh = await self._worker.run(_decoded, read, tally)
+                tally.take_in(fresh, {name: count.seq for name, count in read.items()}, idle)
+            await self._fold(tally, at, idle)
+        return new
 
-    async def write(self, tally: Tally, at: Stamp) -> None:
-        """Write what the store does not have; under another name if what it had was put together with others'.
+    async def leave(self, tally: Tally, at: Stamp) -> float:
+        """Write what a memory that is dropped has counted; return how many images had to be given up.
+
+        These are of another epoch.
 
         Raises:
-            ReloadNeeded, StoreDown: as for `exchange`.
+            StoreDown: as for `exchange`.
         """
+        with suppress(ReloadNeeded):
+            async with tally.turn:
+                await self._write(tally, at)
+        return float(tally.waiting.images)
+
+    async def _write(self, tally: Tally, at: Stamp) -> None:
+        """Write what the store does not have; under another name if what it had was put together with others'."""
         if not float(tally.waiting.images):
             return
-        none = Statistics.zeros(*tally.written.sums.shape, device=tally.written.sums.device)
-        tally.flying, tally.waiting = tally.waiting, none
+        tally.send()
         try:
-            if not await self._send(tally, at):
-                # What was written is in another counter now, which is read next.
-                tally.counter, tally.seq, tally.written = uuid4().hex[:12], 0, none
-                await self._send(tally, at)
-            tally.written = tally.written + tally.flying
-            tally.seq += 1
+            seq = await self._send(tally, at)
+            if not seq:
+                tally.rename()
+                seq = await self._send(tally, at)
+            tally.land(seq)
         except BaseException:
-            tally.waiting = tally.flying + tally.waiting
+            tally.turn_back()
             raise
-        finally:
-            tally.flying = none
 
-    async def _send(self, tally: Tally, at: Stamp) -> bool:
+    async def _send(self, tally: Tally, at: Stamp) -> int:
         whole, changed = tally.written + tally.flying, tally.flying.counts > 0
         told = await self._worker.run(encode, whole, tally.class_ids, changed)
         return await self._store.count(tally.tenant, at, tally.counter, tally.seq, told)
 
-    async def leave(self, tally: Tally, at: Stamp) -> float:
-        """Write what a memory that is dropped has counted; return how many images had to be given up."""
-        with suppress(ReloadNeeded, ServiceError):
-            await self.write(tally, at)
-        return float(tally.waiting.images)
-
-    async def _fold(self, tally: Tally, at: Stamp, counts: Mapping[str, Count], names: set[str]) -> None:
+    async def _fold(self, tally: Tally, at: Stamp, idle: Mapping[str, float]) -> None:
         """Put idle counters together where there are many: processes that are gone leave theirs behind."""
-        idle = {name: count for name, count in counts.items() if count.idle_s > _IDLE_S and name != tally.counter}
-        if len(names) > _MANY and len(idle) > 1:
-            with suppress(ServiceError, asyncio.TimeoutError):
-                await self._store.fold(tally.tenant, at, idle, uuid4().hex[:12])
+        asleep = {name for name, seconds in idle.items() if seconds > _IDLE_S and name != tally.counter}
+        if len(idle) > _MANY and len(asleep) > 1:
+            known = {name: seq for name, seq in tally.seen.items() if name not in asleep}
+            with suppress(StoreDown):
+                counts, _ = await self._store.counts(tally.tenant, at, {**known, tally.counter: tally.seq})
+                whole = {name: counts[name] for name in asleep & counts.keys()}
+                await self._store.fold(tally.tenant, at, whole, uuid4().hex[:12])
+
+
+def _decoded(counts: Mapping[str, Count], tally: Tally) -> dict[str, Statistics]:
+    return {name: decode(count.statistics, tally.class_ids, tally.written.sums) for name, count in counts.items()}

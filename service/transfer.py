@@ -64,7 +64,7 @@ from .stores.base import (
     TenantRecord,
     Training,
 )
-from .tallies import shared_entries
+from .tallies import dim_of_shared, shared_entries
 from .tenants import ClassSpec, TenantConfig, checked, tenant_name
 
 FORMAT = "dmn-memory"
@@ -296,10 +296,10 @@ def _offset_columns(stored: StoredMemory, training: Training) -> dict[str, _Colu
 def _statistics_columns(config: TenantConfig, statistics: StoredStatistics) -> dict[str, _Column]:
     kept = [(at, statistics.rows[spec.id]) for at, spec in enumerate(config.classes) if spec.id in statistics.rows]
     rows, entry = [row for _, row in kept], _DTYPES["F32"].itemsize
-    width = len(rows[0]) // entry if rows else 0
+    size = len(statistics.shared)
+    width = 1 + dim_of_shared(size // entry)
     if any(len(row) != width * entry for row in rows):
         raise IncompatibleMemory("Class statistics are of several feature sizes.")
-    size = len(statistics.shared)
     return {
         "statistics.classes": _Column.of((at for at, _ in kept), "I32"),
         "statistics.rows": _Column(shape=(len(rows), width), pieces=rows, nbytes=sum(map(len, rows))),
@@ -793,8 +793,8 @@ def _statistics(columns: Columns, config: TenantConfig) -> dict[str, Count]:
         return {}
     rows, shared = columns["statistics.rows"], columns["statistics.shared"]
     dims = {columns[name].shape[1] for name in ("dynamic.features", "static.features") if len(columns[name])}
-    dim = rows.shape[1] - 1 if len(rows) else next(iter(dims), 0)
-    if len(rows) != len(columns["statistics.classes"]) or dims - {dim} or len(shared) != shared_entries(dim):
+    dim = rows.shape[1] - 1
+    if dim < 0 or len(rows) != len(columns["statistics.classes"]) or dims - {dim} or len(shared) != shared_entries(dim):
         raise InvalidRequest("The class statistics in the file do not fit together, or not its features.")
     step = max(1, _CHECKED_ENTRIES // max(1, dim))
     parts = [*(rows[at : at + step] for at in range(0, len(rows), step)), shared]

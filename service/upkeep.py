@@ -98,17 +98,19 @@ async def _scored_anew(
 ) -> tuple[dict[str, StoredBank], StoredStatistics | None]:
     """Return every slot under its new label, and the class statistics that these slots make: others are gone."""
     config = stored.record.config
-    known = [slot for bank in stored.slots.values() for slot in bank]
+    # In an order of its own, so that the same slots give the same sums to the last bit.
+    known = [slot for _, bank in sorted(stored.slots.items()) for slot in bank]
     if not known:
         return {}, None
     text = await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
     bare = replace(stored, slots={}, counts={})
     snapshot = await rooms.worker.run(snapshot_of, bare, text, rooms.encoder.logit_scale)
     out: dict[str, dict[str, StoredSlot]] = {}
+    counted = {id_ for _, id_ in stored.barred}
     for start in range(0, len(known), _ROWS):
         # Some at a time, so that images get their turn in between.
         part = known[start : start + _ROWS]
-        labelled, snapshot = await rooms.worker.run(_scored, part, snapshot)
+        labelled, snapshot = await rooms.worker.run(_scored, part, snapshot, counted)
         for label, slot in labelled:
             own = config.classes[label].id
             scored = out.setdefault(own, {})
@@ -123,8 +125,13 @@ async def _scored_anew(
     return banks, await rooms.worker.run(encode, snapshot.adaptation.statistics, ids)
 
 
-def _scored(slots: Sequence[StoredSlot], snapshot: Snapshot) -> tuple[list[tuple[int, StoredSlot]], Snapshot]:
-    """Return each slot with the label and entropy that its feature has, Eq. (4), and the snapshot that counted them."""
+def _scored(
+    slots: Sequence[StoredSlot], snapshot: Snapshot, counted: set[str]
+) -> tuple[list[tuple[int, StoredSlot]], Snapshot]:
+    """Return each slot with the label and entropy that its feature has, Eq. (4), and the snapshot that counted them.
+
+    Images in `counted` are not counted; the others are added to it. One image may have slots in several classes.
+    """
     x = stack_features(slots, snapshot.text.shape[-1]).to(snapshot.text)
     text, scores = label_scores(snapshot, x)
     p = scores.softmax(-1)
@@ -132,7 +139,10 @@ def _scored(slots: Sequence[StoredSlot], snapshot: Snapshot) -> tuple[list[tuple
     told = [(label, replace(slot, entropy=nats)) for slot, label, nats in zip(slots, labels, entropies, strict=True)]
     if snapshot.adaptation is None:
         return told, snapshot
-    adapted = adapt(snapshot.adaptation, x, text.to(x), scores.to(x), [True] * len(x))
+    first = {slot.id: at for at, slot in reversed(list(enumerate(slots)))}
+    fresh = [first[slot.id] == at and slot.id not in counted for at, slot in enumerate(slots)]
+    counted.update(first)
+    adapted = adapt(snapshot.adaptation, x, text.to(x), scores.to(x), fresh)
     return told, replace(snapshot, adaptation=adapted.adaptation)
 
 

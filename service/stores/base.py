@@ -441,18 +441,21 @@ class MemoryStore(Protocol):
     async def purge(self, tenant: str, class_id: str, slot: str) -> bool:
         """Remove one dynamic slot, and bar its id until its class is emptied; return whether it was there."""
 
-    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> bool:
+    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> int:
         """Write what a counter has counted so far in this life: the rows that changed since its write `seq`, or all.
 
-        False, and nothing is written, if its counts have been folded into others: go on with another counter. Who reads
-        meanwhile may find some images counted in part.
+        Return the number of this write. One counter has one writer: a later write than `seq` is one of which it did not
+        hear, and is written over. 0, and nothing is written, if its counts have been folded into others: go on with
+        another counter. Who reads meanwhile may find some images counted in part.
 
         Raises:
             ReloadNeeded: the tenant is in another epoch; nothing was written.
         """
 
-    async def counts(self, tenant: str, at: Stamp, known: Mapping[str, int]) -> tuple[Mapping[str, Count], set[str]]:
-        """Return what counters have counted, but for those of whom the write is known; and the names of all.
+    async def counts(
+        self, tenant: str, at: Stamp, known: Mapping[str, int]
+    ) -> tuple[Mapping[str, Count], Mapping[str, float]]:
+        """Return what counters have counted, but for those of whom the write is known; and how long each is idle (s).
 
         Raises:
             ReloadNeeded: the tenant is in another epoch.

@@ -33,14 +33,16 @@ class Counters:
 
     async def write(
         self, keys: Keys, epoch: int, life: int, name: str, seq: int, told: StoredStatistics, *, finish: bool = True
-    ) -> bool:
-        """Write rows of a counter; with `finish` it is then there to be read. False if it was folded since.
+    ) -> int:
+        """Write rows of a counter; with `finish` it is then there to be read. Return the number of the write.
+
+        0 if the counter was folded since.
 
         Raises:
             ReloadNeeded: the epoch is over.
         """
         touched = (keys.config, keys.counters(life), keys.counter(life, name), keys.lives)
-        parts = list(_parts([*told.rows.items(), (SHARED, told.shared)]))
+        parts, wrote = list(_parts([*told.rows.items(), (SHARED, told.shared)])), 0
         for at, part in enumerate(parts, 1):
             last = finish and at == len(parts)
             flat = [value for row in part for value in row]
@@ -50,8 +52,8 @@ class Counters:
             if wrote < 0:
                 raise ReloadNeeded(name)
             if not wrote:
-                return False
-        return True
+                return 0
+        return int(wrote)
 
     async def plant(self, keys: Keys, life: int, name: str, statistics: StoredStatistics) -> None:
         """Write what a life begins with, before anybody reads it."""
@@ -60,19 +62,23 @@ class Counters:
             await self._do(self._client.hset(keys.counter(life, name), mapping=dict(part)))
         await self._do(self._client.hset(keys.counters(life), name, f"1 {int(self._clock())}"))
 
-    async def read(self, keys: Keys, life: int, known: Mapping[str, int]) -> tuple[dict[str, Count], set[str]]:
-        """Return what counters have counted, but for those of whom the write is known; and the names of all."""
-        index = await self._do(self._client.hgetall(keys.counters(life)))
-        if not index:
-            return {}, set()
-        now = self._clock()
-        heads = {name.decode(): tuple(map(int, head.split())) for name, head in index.items()}
-        found = {}
-        for name, (seq, at) in heads.items():
+    async def read(self, keys: Keys, life: int, known: Mapping[str, int]) -> tuple[dict[str, Count], dict[str, float]]:
+        """Return what counters have counted, but for those of whom the write is known; and how long each is idle."""
+        heads, found = await self._heads(keys, life), dict[str, Count]()
+        for name, (seq, idle_s) in heads.items():
             if known.get(name) != seq:
                 told = await self._statistics(keys.counter(life, name))
-                found[name] = Count(seq=seq, statistics=told, idle_s=max(0.0, now - at))
-        return found, set(heads)
+                found[name] = Count(seq=seq, statistics=told, idle_s=idle_s)
+        if found and not heads.keys() <= (await self._heads(keys, life)).keys():
+            # Some were folded meanwhile: what they had may be in neither.
+            return await self.read(keys, life, known)
+        return found, {name: idle_s for name, (_, idle_s) in heads.items()}
+
+    async def _heads(self, keys: Keys, life: int) -> dict[str, tuple[int, float]]:
+        """Return the number of each counter's latest write, and how long ago it was (s)."""
+        index, now = await self._do(self._client.hgetall(keys.counters(life))), self._clock()
+        split = {name.decode(): head.split() for name, head in index.items()}
+        return {name: (int(seq), max(0.0, now - int(at))) for name, (seq, at) in split.items()}
 
     async def fold(self, keys: Keys, epoch: int, life: int, counts: Mapping[str, Count], into: str) -> bool:
         """Put the sum of some counters in their place; False if one of them has counted on.
@@ -85,6 +91,8 @@ class Counters:
         touched = (keys.config, keys.counters(life), *(keys.counter(life, name) for name in (into, *counts)))
         moves = [value for name, count in counts.items() for value in (name, count.seq)]
         told = await self._run("fold.lua", touched, (epoch, into, int(self._clock()), *moves))
+        if told <= 0:
+            await self._do(self._client.unlink(keys.counter(life, into)))
         if told < 0:
             raise ReloadNeeded(into)
         return bool(told)
@@ -102,6 +110,11 @@ class Counters:
             await self._do(self._client.unlink(keys.counter(life, name)))
         await self._do(self._client.unlink(keys.counters(life)))
         await self._do(self._client.srem(keys.lives, life))
+
+    async def forget(self, keys: Keys, life: int, class_ids: Sequence[str]) -> None:
+        """Remove the rows of classes that are gone; nobody writes them any more."""
+        for name in await self.names(keys, life):
+            await self._do(self._client.hdel(keys.counter(life, name), *class_ids))
 
     async def names(self, keys: Keys, life: int) -> list[str]:
         """Return the names of a life's counters."""

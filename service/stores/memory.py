@@ -135,6 +135,7 @@ class InProcessStore:
             settled=stamp.version,
         )
         same = held is not None and held.record.fingerprint == fingerprint
+        slots = {} if slots is None and not same else slots
         if slots is not None:
             if statistics is not None and statistics.shared:
                 new.counts = {SEED: (Count(seq=1, statistics=statistics), self._clock())}
@@ -231,19 +232,20 @@ class InProcessStore:
         self._settle(held, replace(held.record.stamp, version=held.record.stamp.version + 1))
         return True
 
-    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> bool:
+    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> int:
         held = self._current(tenant, at)
-        known = held.counts.get(counter)
-        if (known[0].seq if known else 0) != seq:
-            return False
-        rows = dict(known[0].statistics.rows) if known else {}
-        whole = StoredStatistics(rows={**rows, **statistics.rows}, shared=statistics.shared)
-        held.counts[counter] = Count(seq=seq + 1, statistics=whole), self._clock()
-        return True
+        known, _ = held.counts.get(counter, (Count(seq=0, statistics=StoredStatistics()), 0.0))
+        if known.seq < seq:
+            return 0
+        whole = StoredStatistics(rows={**known.statistics.rows, **statistics.rows}, shared=statistics.shared)
+        held.counts[counter] = Count(seq=known.seq + 1, statistics=whole), self._clock()
+        return known.seq + 1
 
-    async def counts(self, tenant: str, at: Stamp, known: Mapping[str, int]) -> tuple[Mapping[str, Count], set[str]]:
-        held = self._current(tenant, at)
-        return self._counts(held, known), set(held.counts)
+    async def counts(
+        self, tenant: str, at: Stamp, known: Mapping[str, int]
+    ) -> tuple[Mapping[str, Count], Mapping[str, float]]:
+        held, now = self._current(tenant, at), self._clock()
+        return self._counts(held, known), {name: now - told for name, (_, told) in held.counts.items()}
 
     async def fold(self, tenant: str, at: Stamp, counts: Mapping[str, Count], into: str) -> bool:
         held = self._current(tenant, at)

@@ -184,8 +184,9 @@ class RedisStore:
             await self._note_bank(keys, present.bank, stay.union(leaves))
         else:
             await self._write_bank(keys, epoch, slots, barred, stay)
-        if shots is not None or old is None:
-            await self._write_pile(keys, epoch, [shot for shot in shots or () if shot.class_id in stay])
+        kept = None if shots is None and old else [shot for shot in shots or () if shot.class_id in stay]
+        if kept is not None:
+            await self._write_pile(keys, epoch, kept)
         training = old.training.without(leaves) if old and old.training else None
         if offsets is not None:
             training = offsets.training
@@ -194,7 +195,7 @@ class RedisStore:
         frame = present.frame if offsets is None else epoch
         read = _Places(
             bank=present.bank if slots is None else epoch,
-            pile=epoch if shots is not None or old is None else present.pile,
+            pile=present.pile if kept is None else epoch,
             frame=0 if training is None else frame,
             life=present.life if slots is None else epoch,
         )
@@ -219,7 +220,7 @@ class RedisStore:
             *keys.every_slot(present.bank, leaves),
         )
         trained = (read.frame, "" if training is None else json.dumps(asdict(training)))
-        shown = "-" if read.pile == present.pile and old is not None else shown_of(shot.id for shot in shots or ())
+        shown = "-" if kept is None else shown_of(shot.id for shot in kept)
         args = (*at, int(exact), epoch, read.bank, read.pile, *about, *trained, read.life, shown, *leaves)
         told = await self._run("replace.lua", touched, args)
         if told[0] < 0:
@@ -229,6 +230,8 @@ class RedisStore:
             await self._remove_frame(keys, epoch)
             await self._counters.remove(keys, epoch)
             raise Conflict(tenant)
+        if leaves and read.life == present.life:
+            await self._counters.forget(keys, read.life, leaves)
         await self._sweep(keys, epoch, read)
         return _stamp(epoch, *told)
 
@@ -245,11 +248,13 @@ class RedisStore:
         await self._sweep(keys, epoch + 1)
         return bool(told[0])
 
-    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> bool:
+    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> int:
         life = (await self._places(tenant, at.epoch)).life
         return await self._counters.write(Keys(tenant), at.epoch, life, counter, seq, statistics)
 
-    async def counts(self, tenant: str, at: Stamp, known: Mapping[str, int]) -> tuple[Mapping[str, Count], set[str]]:
+    async def counts(
+        self, tenant: str, at: Stamp, known: Mapping[str, int]
+    ) -> tuple[Mapping[str, Count], Mapping[str, float]]:
         life = (await self._places(tenant, at.epoch)).life
         found = await self._counters.read(Keys(tenant), life, known)
         if int(await self._do(self._client.hget(Keys(tenant).config, "epoch")) or 0) != at.epoch:

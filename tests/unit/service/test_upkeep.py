@@ -181,13 +181,13 @@ class Gate:
         self._open, self._loop, self.reached = threading.Event(), asyncio.get_running_loop(), asyncio.Event()
 
     def __call__(
-        self, slots: Sequence[StoredSlot], snapshot: Snapshot
+        self, slots: Sequence[StoredSlot], snapshot: Snapshot, counted: set[str]
     ) -> tuple[list[tuple[int, StoredSlot]], Snapshot]:
         self._at -= 1
         if not self._at:
             self._loop.call_soon_threadsafe(self.reached.set)
             self._open.wait(PATIENCE_S)
-        return self._real(slots, snapshot)
+        return self._real(slots, snapshot, counted)
 
     def open(self) -> None:
         self._open.set()
@@ -319,6 +319,17 @@ async def test_slots_beyond_one_call_of_the_worker_are_all_scored_and_progress_i
     gate.open()
     assert (await done(rooms, job)).progress == 1.0
     assert len((await house.slots())[RED]) == 8
+
+
+async def test_an_image_is_counted_once_whatever_slots_it_has_and_a_purged_one_is_not(
+    house: House, rooms: Rooms, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "_ROWS", 2)
+    twice = [slot("1", look("red")), slot("2", look("red")), slot("3", look("blue"))]
+    await house.put(colours(), slots={GREEN: twice, BLUE: twice}, barred=[(YELLOW, "2")])
+    await resumed(rooms)
+    images = np.frombuffer((await house.memory()).statistics.shared, "<f4")[0]
+    assert images == 2.0
 
 
 async def test_shots_are_left_as_they_are(house: House, rooms: Rooms) -> None:

@@ -1,0 +1,350 @@
+"""What hot memories count: written whole, counted once, and the same whoever counted which image."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import fields
+
+import pytest
+import torch
+
+from core.errors import IncompatibleMemory
+from core.statistics import TEMPERATURES, Statistics
+from service.errors import StoreAway
+from service.stores.base import Count, ReloadNeeded, Stamp, StoredStatistics
+from service.stores.memory import InProcessStore
+from service.tallies import RECENT, Ledger, Tally, begin, decode, dim_of_shared, encode, shared_entries
+from service.tenants import ClassSpec, TenantConfig, class_id
+from service.worker import Worker
+
+NAMES = ("cats", "dogs", "birds")
+IDS = tuple(map(class_id, NAMES))
+DIM = 4
+LIKE = torch.zeros(len(IDS), DIM)
+
+
+def some(seed: int, images: int = 3) -> Statistics:
+    """Return statistics of whole numbers, which add up exactly in any order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*size: int) -> torch.Tensor:
+        return torch.randint(1, 9, size, generator=generator).float()
+
+    return Statistics(
+        sums=drawn(len(IDS), DIM),
+        counts=drawn(len(IDS)),
+        total=drawn(DIM),
+        second=drawn(DIM, DIM),
+        images=torch.tensor(float(images)),
+        agreed=drawn(TEMPERATURES),
+        sure=drawn(),
+    )
+
+
+def same(one: Statistics, other: Statistics) -> bool:
+    return all(torch.equal(getattr(one, field.name), getattr(other, field.name)) for field in fields(Statistics))
+
+
+def added(*parts: Statistics) -> Statistics:
+    total = Statistics.zeros(len(IDS), DIM)
+    for part in parts:
+        total = total + part
+    return total
+
+
+class Store(InProcessStore):
+    """The in-process store, which may be away, lose its answer to a write, or hold a write at a gate."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        super().__init__(clock=lambda: self.now, remember_s=1.0, remember_bytes=1)
+        self.away = self.silent = False
+        self.gate, self.reached = asyncio.Event(), asyncio.Event()
+        self.gate.set()
+
+    async def count(self, tenant: str, at: Stamp, counter: str, seq: int, statistics: StoredStatistics) -> int:
+        if self.away:
+            raise StoreAway("away")
+        self.reached.set()
+        await self.gate.wait()
+        told = await super().count(tenant, at, counter, seq, statistics)
+        if self.silent:
+            raise StoreAway("no answer")
+        return told
+
+    async def total(self) -> Statistics:
+        stored = await self.load("zoo")
+        assert stored is not None
+        return decode(stored.statistics, IDS, LIKE)
+
+
+class Desk:
+    """A store with one tenant, and tallies over it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.store = Store()
+        self.ledger = Ledger(self.store, worker, lambda: self.store.now)
+        self.stamp = Stamp(epoch=0, version=0)
+
+    async def open(self, classes: Sequence[str] = NAMES) -> None:
+        old = await self.store.get("zoo")
+        config = TenantConfig(classes=tuple(ClassSpec(name=name) for name in classes))
+        expected = None if old is None else old.stamp
+        self.stamp = await self.store.replace(
+            "zoo", config, "f", expected=expected, labelling=config.labelling, origin={}, slots={}
+        )
+
+    async def tally(self) -> Tally:
+        stored = await self.store.load("zoo")
+        assert stored is not None
+        return begin("zoo", IDS, stored.counts, LIKE, self.store.now)
+
+    async def exchange(self, *tallies: Tally) -> list[bool]:
+        return [await self.ledger.exchange(tally, self.stamp) for tally in tallies]
+
+
+@pytest.fixture
+async def desk() -> AsyncIterator[Desk]:
+    worker = Worker()
+    made = Desk(worker)
+    await made.open()
+    yield made
+    worker.close()
+
+
+# As stored ------------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_come_back_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(5)
+    parts = {
+        name: torch.randn(getattr(some(1), name).shape, generator=generator)
+        for name in (field.name for field in fields(Statistics))
+    }
+    drawn = Statistics(**parts)
+    assert same(decode(encode(drawn, IDS), IDS, LIKE), drawn)
+
+
+def test_rows_that_are_told_are_those_of_the_classes_that_changed() -> None:
+    drawn = some(1)
+    told = encode(drawn, IDS, torch.tensor([True, False, True]))
+    assert set(told.rows) == {IDS[0], IDS[2]}
+    assert told.shared == encode(drawn, IDS).shared
+
+
+def test_a_class_without_a_row_has_counted_nothing_and_classes_may_stand_in_another_order() -> None:
+    drawn = some(1)
+    told = encode(drawn, IDS, torch.tensor([True, False, True]))
+    back = decode(told, (IDS[2], IDS[1], IDS[0]), LIKE)
+    assert torch.equal(back.sums, torch.stack([drawn.sums[2], torch.zeros(DIM), drawn.sums[0]]))
+    assert back.counts.tolist() == [float(drawn.counts[2]), 0.0, float(drawn.counts[0])]
+
+
+@pytest.mark.parametrize("cut", ["rows", "shared"])
+def test_statistics_of_another_size_are_refused(cut: str) -> None:
+    told = encode(some(1), IDS)
+    rows = {own: row[:-4] for own, row in told.rows.items()} if cut == "rows" else told.rows
+    shared = told.shared[:-4] if cut == "shared" else told.shared
+    with pytest.raises(IncompatibleMemory):
+        decode(StoredStatistics(rows=rows, shared=shared), IDS, LIKE)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 192, 512, 1024])
+def test_the_feature_size_is_read_from_how_many_numbers_are_of_no_class(dim: int) -> None:
+    assert dim_of_shared(shared_entries(dim)) == dim
+
+
+# What is counted ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [(0, 0, 0, 0), (0, 1, 0, 1), (0, 1, 2, 3)])
+async def test_what_was_counted_does_not_depend_on_who_counted_it(desk: Desk, split: Sequence[int]) -> None:
+    tallies = [await desk.tally() for _ in range(4)]
+    for seed, who in enumerate(split):
+        tallies[who].add(some(seed))
+    await desk.exchange(*tallies)
+    await desk.exchange(*tallies)
+    wanted = added(*(some(seed) for seed in range(4)))
+    assert all(same(tally.total, wanted) for tally in [*tallies, await desk.tally()])
+
+
+async def test_an_exchange_says_whether_anything_came_of_it(desk: Desk) -> None:
+    one, other = await desk.tally(), await desk.tally()
+    assert await desk.exchange(one, other) == [False, False]
+    one.add(some(1))
+    assert await desk.exchange(one, other, one, other) == [False, True, False, False]
+
+
+async def test_images_counted_while_a_write_is_under_way_are_in_the_next_one(desk: Desk) -> None:
+    tally = await desk.tally()
+    tally.add(some(1))
+    desk.store.gate.clear()
+    under_way = asyncio.create_task(desk.exchange(tally))
+    await desk.store.reached.wait()
+    tally.add(some(2))
+    assert same(tally.total, added(some(1), some(2)))
+    desk.store.gate.set()
+    await under_way
+    assert same(await desk.store.total(), some(1))
+    assert same(tally.total, added(some(1), some(2)))
+    await desk.exchange(tally)
+    assert same(await desk.store.total(), added(some(1), some(2)))
+
+
+async def test_two_who_write_a_tally_at_once_lose_nothing_and_write_nothing_twice(desk: Desk) -> None:
+    tally = await desk.tally()
+    tally.add(some(1))
+    desk.store.gate.clear()
+    first = asyncio.create_task(desk.exchange(tally))
+    await desk.store.reached.wait()
+    tally.add(some(2))
+    second = asyncio.create_task(desk.exchange(tally))
+    desk.store.gate.set()
+    await asyncio.gather(first, second)
+    wanted = added(some(1), some(2))
+    assert same(await desk.store.total(), wanted)
+    assert same(tally.total, wanted)
+
+
+async def test_a_write_that_fails_leaves_everything_to_be_written(desk: Desk) -> None:
+    tally = await desk.tally()
+    tally.add(some(1))
+    desk.store.away = True
+    with pytest.raises(StoreAway):
+        await desk.exchange(tally)
+    tally.add(some(2))
+    assert same(tally.total, added(some(1), some(2)))
+    desk.store.away = False
+    await desk.exchange(tally)
+    assert same(await desk.store.total(), added(some(1), some(2)))
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("failures", [1, 2])
+async def test_a_write_whose_answer_is_lost_is_not_counted_twice(desk: Desk, before: int, failures: int) -> None:
+    tally, parts = await desk.tally(), [some(seed) for seed in range(4)]
+    if before:
+        tally.add(parts[0])
+        await desk.exchange(tally)
+    desk.store.silent = True
+    for seed in range(failures):
+        tally.add(parts[1 + seed])
+        with pytest.raises(StoreAway):
+            await desk.exchange(tally)
+    desk.store.silent = False
+    tally.add(parts[3])
+    await desk.exchange(tally)
+    wanted = added(*parts[1 - before : 1 + failures], parts[3])
+    assert same(await desk.store.total(), wanted)
+    assert same(tally.total, wanted)
+    assert same((await desk.tally()).total, wanted)
+
+
+async def test_a_write_that_is_cancelled_leaves_everything_to_be_written(desk: Desk) -> None:
+    tally = await desk.tally()
+    tally.add(some(1))
+    desk.store.gate.clear()
+    under_way = asyncio.create_task(desk.exchange(tally))
+    await desk.store.reached.wait()
+    under_way.cancel()
+    await asyncio.gather(under_way, return_exceptions=True)
+    desk.store.gate.set()
+    await desk.exchange(tally)
+    assert same(await desk.store.total(), some(1))
+
+
+async def test_what_belongs_to_another_epoch_is_not_written(desk: Desk) -> None:
+    tally, old = await desk.tally(), desk.stamp
+    tally.add(some(1))
+    await desk.open()
+    with pytest.raises(ReloadNeeded):
+        await desk.ledger.exchange(tally, old)
+    await desk.ledger.leave(tally, old)
+    assert same(await desk.store.total(), added())
+
+
+async def test_who_leaves_while_the_store_is_away_may_come_again(desk: Desk) -> None:
+    tally = await desk.tally()
+    tally.add(some(1))
+    desk.store.away = True
+    with pytest.raises(StoreAway):
+        await desk.ledger.leave(tally, desk.stamp)
+    desk.store.away = False
+    await desk.ledger.leave(tally, desk.stamp)
+    await desk.ledger.leave(tally, desk.stamp)
+    assert same(await desk.store.total(), some(1))
+
+
+# Folding --------------------------------------------------------------------------------------------------------------
+
+
+async def counts(desk: Desk) -> Mapping[str, Count]:
+    return (await desk.store.counts("zoo", desk.stamp, {}))[0]
+
+
+async def test_counters_that_processes_left_behind_are_put_together(desk: Desk) -> None:
+    gone = [await desk.tally() for _ in range(12)]
+    for seed, tally in enumerate(gone):
+        tally.add(some(seed))
+    await desk.exchange(*gone)
+    wanted, alive = added(*map(some, range(12))), await desk.tally()
+    desk.store.now += 61
+    await desk.exchange(alive)
+    assert len(await counts(desk)) == 1
+    assert same(await desk.store.total(), wanted)
+    await desk.exchange(alive)
+    assert same(alive.total, wanted)
+
+
+async def test_few_counters_or_busy_ones_are_left_as_they_are(desk: Desk) -> None:
+    tallies = [await desk.tally() for _ in range(9)]
+    for seed, tally in enumerate(tallies):
+        tally.add(some(seed))
+    await desk.exchange(*tallies)
+    await desk.exchange(*tallies)
+    assert len(await counts(desk)) == 9
+
+
+async def test_a_counter_that_was_folded_goes_on_under_another_name_and_counts_nothing_twice(desk: Desk) -> None:
+    tally, other = await desk.tally(), await desk.tally()
+    tally.add(some(1))
+    other.add(some(2))
+    await desk.exchange(tally, other, tally)
+    assert await desk.store.fold("zoo", desk.stamp, await counts(desk), "sum")
+    name = tally.counter
+    tally.add(some(3))
+    await desk.exchange(tally, other)
+    wanted = added(some(1), some(2), some(3))
+    assert tally.counter != name
+    assert set(await counts(desk)) == {"sum", tally.counter}
+    assert same(await desk.store.total(), wanted)
+    assert same(tally.total, wanted)
+    assert same(other.total, wanted)
+
+
+async def test_a_folded_counter_keeps_its_counts_while_it_cannot_read_where_they_are(desk: Desk) -> None:
+    tally = await desk.tally()
+    tally.add(some(1))
+    await desk.exchange(tally)
+    assert await desk.store.fold("zoo", desk.stamp, await counts(desk), "sum")
+    tally.add(some(2))
+    await desk.ledger.leave(tally, desk.stamp)
+    assert same(tally.total, added(some(1), some(2)))
+
+
+# Images that come again -----------------------------------------------------------------------------------------------
+
+
+async def test_an_image_that_was_counted_lately_is_not_new_nor_one_that_comes_twice_in_a_group(desk: Desk) -> None:
+    tally = await desk.tally()
+    assert tally.is_new(["a", "b", "a"]) == [True, True, False]
+    tally.remember(["a"])
+    assert tally.is_new(["a", "b", "c", "b"]) == [False, True, True, False]
+
+
+async def test_images_that_are_long_past_are_forgotten(desk: Desk) -> None:
+    tally = await desk.tally()
+    tally.remember([str(i) for i in range(RECENT + 1)])
+    assert len(tally.recent) == RECENT
+    assert tally.is_new(["0", "1", str(RECENT)]) == [True, False, False]
