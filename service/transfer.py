@@ -796,18 +796,28 @@ def _statistics(columns: Columns, config: TenantConfig) -> dict[str, Count]:
     dim = rows.shape[1] - 1
     if dim < 0 or len(rows) != len(columns["statistics.classes"]) or dims - {dim} or len(shared) != shared_entries(dim):
         raise InvalidRequest("The class statistics in the file do not fit together, or not its features.")
-    step = max(1, _CHECKED_ENTRIES // max(1, dim))
-    parts = [*(rows[at : at + step] for at in range(0, len(rows), step)), shared]
-    if not all((np.abs(part) <= _LARGEST_SUM).all() for part in parts):
-        raise InvalidRequest(f"A sum in the file's class statistics is no finite number up to {_LARGEST_SUM:g}.")
-    if (rows[:, :1] < 0).any() or shared[0] < 0:
-        raise InvalidRequest("The file's class statistics count fewer than no images.")
+    _check_sums(rows, shared, dim)
     found = {}
     for spec, begin, end in _stretches(config, _class_ends(columns, "statistics", config)):
         if end - begin > 1:
             raise InvalidRequest(f"The class {spec.name!r} has more than one row of statistics.")
         found[spec.id] = rows[begin].tobytes()
     return {SEED: Count(seq=1, statistics=StoredStatistics(rows=found, shared=shared.tobytes()))}
+
+
+def _check_sums(rows: NDArray[np.float32], shared: NDArray[np.float32], dim: int) -> None:
+    """Return if sums are such as unit-norm features can make: none is larger than how many images are in it."""
+    step, slack = max(1, _CHECKED_ENTRIES // max(1, dim)), 1 + 2 * _UNIT_TOLERANCE
+    parts = [rows[at : at + step] for at in range(0, len(rows), step)]
+    if not all((np.abs(part) <= _LARGEST_SUM).all() for part in (*parts, shared)):
+        raise InvalidRequest(f"A sum in the file's class statistics is no finite number up to {_LARGEST_SUM:g}.")
+    images, squares = shared[0], shared[1 + dim : 1 + dim + dim * dim : dim + 1]
+    if any((part < 0).any() for part in (rows[:, 0], shared[:1], squares, shared[1 + dim + dim * dim :])):
+        raise InvalidRequest("The file's class statistics count fewer than no images.")
+    if (rows[:, 0] > slack * images).any() or (np.abs(shared) > slack * images).any():
+        raise InvalidRequest("A sum in the file's class statistics is larger than its images can make it.")
+    if any((np.abs(part) > slack * part[:, :1]).any() for part in parts):
+        raise InvalidRequest("A sum in the file's class statistics is larger than the images of its class can make it.")
 
 
 def _class_ends(columns: Columns, what: str, config: TenantConfig) -> list[int]:
