@@ -226,8 +226,8 @@ def train(
 
     if learning_rate is not None and not 0 < learning_rate <= 1:
         _stop(f"--learning-rate must be above 0 and at most 1; got {learning_rate}.")
-    if output is not None and not output.parent.is_dir():
-        _stop(f"{output.parent} is no folder that {output.name} could be written to.")
+    if output is not None:
+        _check_place(output)
     settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
     options = training.Options(epochs=epochs, learning_rate=learning_rate, seed=seed)
     told = asyncio.run(school.train_folder(settings, directory, options, shots=shots, output=output, console=err))
@@ -242,7 +242,10 @@ def replay(
     stream: Annotated[Path, typer.Argument(help="A stream of features, `.npz`.")],
     slots: Annotated[int | None, typer.Option(min=0, help="Dynamic slots a class.")] = None,
     beta: Annotated[float | None, typer.Option(min=0, help="Sharpness of the affinity.")] = None,
-    weights: Annotated[str, typer.Option(help="Weights of text, dynamic and static branch.")] = "1,1,1",
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Weights of text, dynamic and static branch, with `dmn`; 1,1,1 if left out."),
+    ] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="The first K shots of each class; all if left out.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Shuffle the stream; the file's order if left out.")] = None,
     orders: OrdersOption = None,
@@ -257,15 +260,20 @@ def replay(
 
     if beta is not None and not math.isfinite(beta):
         _stop(f"--beta must be a finite number, at least 0; got {beta}.")
+    if weights is not None and method == "auto":
+        _stop("--weights weigh the branches of the method dmn; auto finds its own, so leave them out.")
+    if output is not None:
+        _check_place(output)
+    branch_weights = _weights("1,1,1" if weights is None else weights)
     options = {"slots": slots, "beta": beta, "shots": shots, "learn": not no_learn, "method": method}
     which = _kind(orders, kind)
     if which is None:
-        told = offline.replay_file(stream, {**options, "seed": seed}, _weights(weights), output, err)
+        told = offline.replay_file(stream, {**options, "seed": seed}, branch_weights, output, err)
     elif output is not None:
         _stop("--out holds the answers to one stream in the file's order; leave out --orders and --stream.")
     else:
         seeds = range(seed or 0, (seed or 0) + (orders or 1))
-        told = offline.replay_orders(stream, options, _weights(weights), kind=which, seeds=seeds, console=err)
+        told = offline.replay_orders(stream, options, branch_weights, kind=which, seeds=seeds, console=err)
     if as_json:
         _print_json(told)
     else:
@@ -363,6 +371,14 @@ def _weights(text: str) -> tuple[float, float, float]:
     if min(a1, a2, a3) < 0 or not 0 < a1 + a2 + a3 < float("inf"):
         _stop("--weights must be finite, not negative, and not all zero.")
     return a1, a2, a3
+
+
+def _check_place(file: Path) -> None:
+    """Stop if a file cannot be written there: asked before hours are spent on what to write."""
+    if not file.parent.is_dir():
+        _stop(f"{file.parent} is no folder that {file.name} could be written to.")
+    if file.is_dir():
+        _stop(f"{file} is a folder; name a file to write to.")
 
 
 def _shown(name: str, value: object) -> object:

@@ -372,8 +372,16 @@ def test_options_out_of_range_end_with_2_and_no_output(run: Run, stream: Path, t
     assert "Traceback" not in ran.err
 
 
-def test_an_output_that_cannot_be_written_ends_with_2(run: Run, stream: Path, tmp_path: Path) -> None:
-    refused(run("replay", stream, "--json", "--out", tmp_path / "nowhere" / "out.npz"))
+@pytest.mark.parametrize("command", [("replay", "no.npz"), ("train", "no folder")])
+def test_an_output_without_a_place_is_refused_before_anything_is_read(
+    run: Run, tmp_path: Path, command: tuple[str, str]
+) -> None:
+    assert "nowhere" in refused(run(*command, "--json", "--out", tmp_path / "nowhere" / "out"))
+    assert "is a folder" in refused(run(*command, "--json", "--out", tmp_path))
+
+
+def test_weights_are_refused_where_the_method_would_not_heed_them(run: Run, stream: Path) -> None:
+    assert "leave them out" in refused(run("replay", stream, "--method", "auto", "--weights", "1,1,1"))
 
 
 # Replay, over several orders ------------------------------------------------------------------------------------------
