@@ -45,7 +45,8 @@ def draw(file: Path, title: str, courses: Sequence[Course]) -> None:
     for branch, (name, colour) in _LINES.items():
         rights = [right for course in courses if (right := course.right(branch)) is not None]
         curves = torch.stack([running(right[:length], window) for right in rights])
-        curves = curves[:, min(length, LEAST_WINDOW) - 1 :]  # before, a single answer moves it by many points
+        if length > LEAST_WINDOW:
+            curves = curves[:, LEAST_WINDOW - 1 :]  # before, a single answer moves it by many points
         seen = range(length - curves.shape[1] + 1, length + 1)
         axes.plot(seen, curves.mean(0).tolist(), color=colour, label=name)
         if len(curves) > 1:

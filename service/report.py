@@ -90,6 +90,8 @@ def check_place(file: Path) -> None:
         raise InvalidRequest(f"A report is a Markdown file with curves beside it; name it with .md at its end: {file}")
     if not file.parent.is_dir():
         raise InvalidRequest(f"The report {file} has no place: there is no folder {file.parent}.")
+    if file.is_dir():
+        raise InvalidRequest(f"The report {file} has no place: that is a folder.")
     curves.check_library()
 
 
@@ -111,6 +113,7 @@ def write(
 def _settings(encoder: str, plan: Plan) -> list[tuple[str, str]]:
     return [
         ("encoder", encoder),
+        ("method", plan.method),
         ("shots a class", str(plan.shots)),
         ("trained on them", "yes" if plan.train else "no"),
         ("orders", str(len(plan.seeds))),

@@ -47,13 +47,14 @@ def test_markdown_has_a_row_a_branch_and_shows_signs_as_they_are() -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_report_says_how_it_was_made_and_shows_its_curves(tmp_path: Path, several: bool) -> None:  # noqa: FBT001
-    plan = Plan(shots=4, seeds=range(2, 5), kind="runs", views=3)
+    plan = Plan(shots=4, seeds=range(2, 5), kind="runs", views=3, method="dmn")
     courses = {"first": [course(), course(50, late=True)], **({"second [set]": [course()]} if several else {})}
     report.write(tmp_path / "my report.md", "dmn evaluate 'a b' --shots 4", "lite", plan, SHEET, courses)
     told = (tmp_path / "my report.md").read_text()
     assert "    dmn evaluate 'a b' --shots 4\n" in told
     for row in (
         "encoder | lite",
+        "method | dmn",
         "shots a class | 4",
         "orders | 3",
         "seeds | 2 to 4",
@@ -81,14 +82,24 @@ def test_a_short_stream_has_a_curve(tmp_path: Path, images: int) -> None:
     assert (tmp_path / "a.png").stat().st_size > 0
 
 
+def test_a_stream_shorter_than_the_window_is_drawn_as_a_line(tmp_path: Path) -> None:
+    inked = []
+    for images in (1, 7, 20):
+        curves.draw(tmp_path / "a.png", "short", [course(images)])
+        with Image.open(tmp_path / "a.png") as picture:
+            inked.append(sum(n for n, colour in picture.convert("RGB").getcolors(2**20) if colour == (11, 110, 79)))
+    assert min(inked[1:]) > 2 * inked[0]  # of a single image only the legend shows
+
+
 def test_curves_of_different_courses_differ(tmp_path: Path) -> None:
     for name, courses in {"a": [course()], "b": [course(late=True)], "c": [course(), course(late=True)]}.items():
         curves.draw(tmp_path / name, "the same title", courses)
     assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 3
 
 
-@pytest.mark.parametrize("name", ["out.png", "out", "nowhere/out.md"])
+@pytest.mark.parametrize("name", ["out.png", "out", "nowhere/out.md", "out folder.md"])
 def test_a_report_without_a_place_is_refused_before_anything_is_measured(tmp_path: Path, name: str) -> None:
+    (tmp_path / "out folder.md").mkdir()
     with pytest.raises(InvalidRequest, match="out"):
         report.check_place(tmp_path / name)
     report.check_place(tmp_path / "out.md")
