@@ -220,6 +220,26 @@ async def test_of_two_who_fold_the_same_counters_one_does(store: MemoryStore) ->
     assert len(await keys_of(store, "t*:*")) in (0, 1)
 
 
+async def test_counters_that_are_folded_while_they_are_read_are_read_where_they_are(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not isinstance(store, RedisStore):
+        pytest.skip("this store reads all counters in one step")
+    at = await counted(store, "a", "b")
+    found, counters = await counts(store), store._counters
+    real = counters._statistics
+
+    async def late(key: str) -> StoredStatistics:
+        monkeypatch.undo()
+        assert await store.fold("zoo", at, found, "sum")
+        return await real(key)
+
+    monkeypatch.setattr(counters, "_statistics", late)
+    stored = await store.load("zoo")
+    assert stored is not None
+    assert stored.statistics == StoredStatistics.total([FIRST, FIRST])
+
+
 # Lives ----------------------------------------------------------------------------------------------------------------
 
 
