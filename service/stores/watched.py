@@ -19,8 +19,8 @@ PAUSE_S = 1.0
 def watched(store: MemoryStore, metrics: Metrics, clock: Callable[[], float]) -> MemoryStore:
     """Return the same store with `dmn_store_duration_seconds` and `dmn_store_errors_total` kept for each operation.
 
-    Their series start at once, each at 0. `clock` is monotonic, in seconds. For `PAUSE_S` after it did not answer, every
-    call raises `StoreAway` at once.
+    Their series start at once, each at 0. `clock` is monotonic, in seconds. For `PAUSE_S` after it did not answer,
+    every call raises `StoreAway` at once.
     """
     for op in (name for name in vars(MemoryStore) if not name.startswith("_") and name != "aclose"):
         metrics.store_seconds.labels(op)
