@@ -2,15 +2,16 @@
 
     A_c = S_c - s_c g + (t_c - mean t) / 2,   g = G / n,   S, s, G, n of traffic and of the shots together,
     z_c = cos_P(x - g, A_c + r_c / 4 (x - g)),   P the precision of what images differ by within their classes,
-    L_c = log p_text,c + w z_c,   w = gamma + max(tau - gamma, 0) n / (n + 40 C),   n of traffic alone.
+    L_c = log p_text,c + w z_c,   w = gamma + tau lean e / (e + 40 C),   e = n + 10 shots.
 
 The query's own insert, a quarter of its responsibilities, is always a virtual one: an image is counted after it was
 read. Directions and precision are made anew when enough images were counted since, at numbers that do not depend on
 how images came together: an answer does not depend on what else was in its batch.
 
 Scores that many images built are larger than the frozen branches', and no more certain. They are brought to the
-spread of these, image by image, and then to the one temperature under which the adapted probabilities agree with the
-frozen branches on how often those are right, Eq. (22). No label is needed for that, and no answer changes.
+spread of these, image by image, and then to the one temperature under which they claim what the frozen branches claim:
+halfway between how often those are right, and how sure an answer is, Eq. (22). No label is needed for that, and no
+answer changes.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ OWN = 0.25
 
 RAMP = 40.0
 """Images a class after which statistics count half."""
+
+WORTH = 10.0
+"""Images that a shot is worth there; shots that count for nothing are worth none."""
 
 RIDGE = 4.0
 _PATIENCE = 32
@@ -209,10 +213,11 @@ def _count(
     fresh: Bool[Tensor, " n"],
 ) -> Statistics:
     sure, first = reference[fresh].softmax(-1).max(-1)
-    agreed = [
-        (level[fresh] / step.exp()).softmax(-1).gather(1, first[:, None])[:, 0]
-        for step in torch.linspace(_LEAST, _MOST, TEMPERATURES)
-    ]
+    agreed = []
+    for step in torch.linspace(_LEAST, _MOST, TEMPERATURES):
+        p = (level[fresh] / step.exp()).softmax(-1)
+        # Both: where much is changed, the first alone would make answers too sure, and the other too unsure.
+        agreed.append((p.gather(1, first[:, None])[:, 0] + p.amax(-1)) / 2.0)
     return counted(x[fresh], responsible[fresh], torch.stack(agreed, -1), sure)
 
 
@@ -238,7 +243,8 @@ def _directions(
 ) -> Directions:
     """Return what is read of shots and traffic together, Eq. (19) to (21)."""
     both = shots + traffic
-    images, seen = float(both.images), float(traffic.images)
+    images = float(both.images)
+    seen = float(traffic.images) + (WORTH * float(shots.images) if frozen.weight > 0.0 else 0.0)
     centre = both.total / max(images, 1.0)
     apart = both.sums - both.counts[:, None] * centre + ANCHOR * (text - text.mean(0))
     weighed = both.sums / both.counts.clamp_min(_TINY).sqrt()[:, None]
@@ -249,6 +255,6 @@ def _directions(
         precision=shape,
         directions=directions,
         squares=(directions * apart).sum(-1),
-        weight=frozen.weight + max(tau - frozen.weight, 0.0) * seen / (seen + RAMP * len(text)),
+        weight=frozen.weight + tau * frozen.lean * seen / (seen + RAMP * len(text)),
         temperature=temperature(traffic),
     )

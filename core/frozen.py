@@ -33,6 +33,12 @@ WEIGHTS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 SHARPNESSES = (0.35, 0.5, 0.7, 1.0, 1.4)
 """Tried for both together."""
 
+LEAN, LEAN_UNMEASURED = 2.0, 8.0
+"""How much more statistics count for twice the share of shots that the text head gets wrong.
+
+More where no shot could be left out: then gamma is a guess, and a low one where the text head is weak.
+"""
+
 RIDGE = 2.0
 _FOLDS = 8
 _CELLS = 1 << 19
@@ -67,13 +73,15 @@ class Shown:
 class Frozen:
     """The branches that traffic does not change: `weight` is gamma, and `sharpness` makes their scores calibrated.
 
-    `held_out` says how many shots these were measured on; 0 where none could be left out.
+    `held_out` says how many shots these were measured on; 0 where none could be left out. `lean` is how many times as
+    much class statistics count as they would beside a text head that is right about every shot.
     """
 
     shown: Shown | None = None
     weight: float = 0.0
     sharpness: float = 1.0
     held_out: int = 0
+    lean: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -114,7 +122,7 @@ def trust(static: StaticMemory, shots: Statistics, text: Float[Tensor, "c d"], t
     held = list(_left_out(numbers, rows))
     if not held:
         unit = _unit(_spread_of_others(scores, known), _spread_of_others(shown.read(keys), known))
-        return Frozen(shown=shown, weight=expected * unit)
+        return Frozen(shown=shown, weight=expected * unit, lean=1.0 + LEAN_UNMEASURED * expected)
     # All of a fold are left out, and some of them are read.
     read = [_evenly(out, rows // len(held)) for out in held]
     without = [_shown(_taken(shots, _keys(static, out, text), labels[out], -1)) for out in held]
@@ -123,7 +131,9 @@ def trust(static: StaticMemory, shots: Statistics, text: Float[Tensor, "c d"], t
     scores = tau * keys @ text.T
     unit = _unit(*(float(each.std(-1, correction=0).mean()) for each in (scores, z)))
     weight, sharpness = _likeliest(scores, unit * z, known, expected)
-    return Frozen(shown=shown, weight=weight * unit, sharpness=sharpness, held_out=len(known))
+    return Frozen(
+        shown=shown, weight=weight * unit, sharpness=sharpness, held_out=len(known), lean=1.0 + LEAN * expected
+    )
 
 
 def _stretches(classes: list[int], numbers: list[int]) -> Iterator[list[int]]:

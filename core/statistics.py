@@ -26,8 +26,8 @@ TEMPERATURES = 17
 class Statistics:
     """Sums over the images that were counted.
 
-    `agreed` are the adapted probabilities of the frozen branches' first class under each temperature, `sure` those
-    branches' own, Eq. (22).
+    `agreed` are the adapted probabilities of the frozen branches' first class and of their own, halfway between, under
+    each temperature; `sure` are the frozen branches' own, Eq. (22).
     """
 
     sums: Float[Tensor, "c d"]

@@ -136,8 +136,8 @@ class Made:
     temperature: float
 
 
-def eq_19(text: Matrix, shots: Sums, traffic: Sums, gamma: float, tau: float) -> Made:
-    """A_c = S_c - s_c g + (t_c - mean t) / 2; w = gamma + max(tau - gamma, 0) n / (n + 40 C); P of the whole."""
+def eq_19(text: Matrix, shots: Sums, traffic: Sums, gamma: float, lean: float, tau: float) -> Made:
+    """A_c = S_c - s_c g + (t_c - mean t) / 2; w = gamma + tau lean e / (e + 40 C); P of the whole."""
     classes = len(text)
     images = shots.images + traffic.images
     g = (shots.total + traffic.total) / max(images, 1)
@@ -146,12 +146,12 @@ def eq_19(text: Matrix, shots: Sums, traffic: Sums, gamma: float, tau: float) ->
         s, count = shots.sums[c] + traffic.sums[c], shots.counts[c] + traffic.counts[c]
         a[c] = s - count * g + (text[c] - text.mean(0)) / 2
         scatter -= np.outer(s, s) / max(count, 1e-12) / max(images, 1)
-    n = traffic.images
+    e = traffic.images + (10 * shots.images if gamma > 0 else 0)
     return Made(
         g=g,
         p=precision(scatter, images, 4.0),
         a=a,
-        w=gamma + max(tau - gamma, 0.0) * n / (n + 40 * classes),
+        w=gamma + tau * lean * e / (e + 40 * classes),
         temperature=eq_22(traffic),
     )
 
@@ -200,6 +200,7 @@ class Auto:
     shots: Sequence[Sequence[Vector]]
     tau: float
     gamma: float
+    lean: float
     sharpness: float
     held_out: int
     traffic: Sums
@@ -212,7 +213,10 @@ class Auto:
     def remade(self) -> None:
         """Make anew what is read."""
         own = shots_of(self.shots, self.text.shape[1])
-        self.made, self.made_at = eq_19(self.text, own, self.traffic, self.gamma, self.tau), self.traffic.images
+        self.made, self.made_at = (
+            eq_19(self.text, own, self.traffic, self.gamma, self.lean, self.tau),
+            self.traffic.images,
+        )
 
     def step(self, x: Vector, *, head: Matrix | None = None, count: bool = True) -> tuple[Vector, Vector]:
         """Return the statistics' and the fused probabilities of one image, and then count it."""
@@ -234,6 +238,7 @@ class Auto:
         first = int(claimed.argmax())
         self.traffic.sure += claimed[first]
         for k, step in enumerate(STEPS):
-            self.traffic.agreed[k] += softmax(even / math.exp(step))[first]
+            p = softmax(even / math.exp(step))
+            self.traffic.agreed[k] += (p[first] + p.max()) / 2
         if self.traffic.images >= self.made_at + max(1, min(self.made_at, 32), self.made_at // 32):
             self.remade()

@@ -90,6 +90,7 @@ def test_a_stream_gets_the_literal_answers(world: World) -> None:
         shots=method.shots,
         tau=snapshot.tau,
         gamma=frozen.weight,
+        lean=frozen.lean,
         sharpness=frozen.sharpness,
         held_out=frozen.held_out,
         traffic=literal_auto.Sums.none(*text.shape),

@@ -50,6 +50,7 @@ def _literal(adaptation: Adaptation, static: StaticMemory) -> literal_auto.Auto:
         shots=[list(shots.keys.double().numpy()) for shots in static.classes],
         tau=adaptation.tau,
         gamma=adaptation.frozen.weight,
+        lean=adaptation.frozen.lean,
         sharpness=adaptation.frozen.sharpness,
         held_out=adaptation.frozen.held_out,
         traffic=literal_auto.Sums.none(classes, dim),
