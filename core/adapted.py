@@ -116,6 +116,11 @@ class Adaptation:
         return replace(self, statistics=statistics, directions=made, made_at=now)
 
     @property
+    def behind(self) -> bool:
+        """Whether images were counted since directions were made."""
+        return self.made_at != int(self.statistics.images)
+
+    @property
     def nbytes(self) -> int:
         """Bytes held; the class weights are the label set's own."""
         return self.shots.nbytes + self.statistics.nbytes + self.directions.nbytes + self.frozen.nbytes

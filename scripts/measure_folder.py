@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-BRANCHES = ("text", "dynamic", "static")
+BRANCHES = ("text", "dynamic", "static", "statistics")
 
 
 def main() -> None:
@@ -25,13 +25,16 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--method", choices=("auto", "dmn"), default="auto")
     parser.add_argument("--tenant", default="measure-folder")
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     options = parser.parse_args()
     shots, stream = split(options.folder, options.shots, random.Random(options.seed))
     with httpx.Client(base_url=options.url, headers={"X-Tenant": options.tenant}, timeout=120) as client:
         client.delete(f"/tenants/{options.tenant}")
-        client.put(f"/tenants/{options.tenant}", json={"classes": sorted(shots)}).raise_for_status()
+        client.put(
+            f"/tenants/{options.tenant}", json={"classes": sorted(shots), "method": options.method}
+        ).raise_for_status()
         everything = [(path, label) for label, paths in shots.items() for path in paths] + stream
         random.Random(options.seed).shuffle(everything)
         chosen = {path for path, _ in stream}

@@ -207,7 +207,9 @@ class Archive:
             new = await self._ledger.exchange(hot.tally, hot.stamp)
         except ReloadNeeded:
             return  # it moves on; whoever opens it next brings it in step
-        if new:
+        adaptation = hot.snapshot.adaptation
+        # Also where nothing came: who opens the memory now would read all that was counted.
+        if new or (adaptation is not None and adaptation.behind):
             async with self.exclusive(tenant):
                 await self._worker.run(_recount, hot)
 
@@ -221,7 +223,7 @@ class Archive:
         if hot is not None and hot.tally is not None:
             with suppress(ReloadNeeded):
                 await self._ledger.exchange(hot.tally, hot.stamp)
-                await self._worker.run(_recount, hot, anew=True)
+                await self._worker.run(_recount, hot)
 
     async def settle(self, *, everything: bool = False) -> None:
         """Write what dropped memories had counted, and with `everything` what the hot ones have.
@@ -506,11 +508,11 @@ def _apply(hot: HotMemory, changes: Sequence[Change]) -> None:
     hot.measure()
 
 
-def _recount(hot: HotMemory, *, anew: bool = False) -> None:
-    """Bring a hot memory's adaptation to what all counters have counted."""
+def _recount(hot: HotMemory) -> None:
+    """Bring a hot memory's adaptation to what all counters have counted, as whoever opens it now reads it."""
     snapshot = hot.snapshot
     if hot.tally is not None and snapshot.adaptation is not None:
-        hot.shelves.advance(replace(snapshot, adaptation=snapshot.adaptation.known(hot.tally.total, anew=anew)))
+        hot.shelves.advance(replace(snapshot, adaptation=snapshot.adaptation.known(hot.tally.total, anew=True)))
         hot.measure()
 
 
