@@ -225,14 +225,14 @@ class Archive:
                 await self._ledger.exchange(hot.tally, hot.stamp)
                 await self._worker.run(_recount, hot)
 
-    async def settle(self, *, everything: bool = False) -> None:
-        """Write what dropped memories had counted, and with `everything` what the hot ones have.
+    async def settle(self, *, tenant: str | None = None, everything: bool = False) -> None:
+        """Write what dropped memories had counted, of all tenants or of one; with `everything` what hot ones have too.
 
         What the store does not take because it is away is kept for the next time.
         """
         if everything:
             self._left += [(hot.tally, hot.stamp) for hot in self._hot.values() if hot.tally is not None]
-        for left in list(self._left):
+        for left in [left for left in self._left if tenant in (None, left[0].tenant)]:
             with suppress(StoreDown):
                 self._metrics.counted.labels("lost").inc(await self._ledger.leave(*left))
                 self._left = [one for one in self._left if one is not left]
@@ -331,6 +331,7 @@ class Archive:
                 future.set_result(stamp)
 
     async def _load(self, tenant: str) -> HotMemory:
+        await self.settle(tenant=tenant)  # what was counted a moment ago is to be read too
         stored = await self._store.load(tenant)
         if stored is None:
             raise UnknownTenant(f"There is no tenant {tenant!r}.")

@@ -201,7 +201,7 @@ class Desk:
         with self._metrics.stage("store", timings):
             learned = await self._learn(hot, group, answers)
         if answers.adapted is not None:
-            await self._worker.run(_count, hot, [waiting.question.digest for waiting in group], answers.adapted)
+            await self._worker.run(_count, hot, [waiting.question for waiting in group], answers.adapted)
             self._metrics.counted.labels("counted").inc(float(answers.adapted.counted.images))
         names = tuple(spec.name for spec in hot.config.classes)
         for i, (waiting, own) in enumerate(zip(group, learned, strict=True)):
@@ -330,10 +330,9 @@ def _fail(waiting: Collection[_Waiting], error: Exception) -> None:
 def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple[Answers, list[Explanation | None]]:
     """Classify in the worker, and bring the probabilities to the CPU."""
     learn = hot.config.learn
-    fresh = _is_new(hot, questions)
     samples = [
-        Sample(views=q.views, id=q.digest, learn=q.learn and learn, count=new)
-        for q, new in zip(questions, fresh, strict=True)
+        Sample(views=q.views, id=q.digest, learn=q.learn and learn, count=count)
+        for q, count in zip(questions, _to_count(hot, questions), strict=True)
     ]
     answers = classify(hot.shelves, samples, _may_store(hot, room))
     traces = [
@@ -351,21 +350,23 @@ def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple
     return on_cpu, traces
 
 
-def _is_new(hot: HotMemory, questions: Sequence[Question]) -> list[bool]:
-    """Return of each image whether class statistics may count it: not again, not purged, not under other labels."""
-    if hot.tally is None or hot.due:
+def _to_count(hot: HotMemory, questions: Sequence[Question]) -> list[bool]:
+    """Return of each image whether class statistics count it: not unasked, again, purged, or under other labels."""
+    if hot.tally is None or hot.due or not hot.config.learn:
         return [False] * len(questions)
     purged = {id_ for _, id_ in hot.barred}
-    fresh = hot.tally.is_new([question.digest for question in questions])
-    return [new and question.digest not in purged for new, question in zip(fresh, questions, strict=True)]
+    may = [question.learn and question.digest not in purged for question in questions]
+    new = iter(hot.tally.is_new([question.digest for question, own in zip(questions, may, strict=True) if own]))
+    return [own and next(new) for own in may]
 
 
-def _count(hot: HotMemory, digests: Sequence[str], adapted: Adapted) -> None:
+def _count(hot: HotMemory, questions: Sequence[Question], adapted: Adapted) -> None:
     """Take in what was counted of a group that was answered; in the worker, where nobody reads meanwhile."""
     if hot.tally is None or not float(adapted.counted.images):
         return
+    counted = [own.digest for own, count in zip(questions, _to_count(hot, questions), strict=True) if count]
     hot.tally.add(adapted.counted)
-    hot.tally.remember(digests)
+    hot.tally.remember(counted)
     hot.shelves.advance(replace(hot.snapshot, adaptation=adapted.adaptation))
 
 

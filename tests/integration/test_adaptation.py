@@ -36,3 +36,13 @@ async def test_images_that_are_counted_are_counted_in_the_metrics_too(house: Hou
     await house.predictions(*images)
     await house.predictions(picture("red", 9), learn=False)
     assert (await house.metrics())[series] - before == 3
+
+
+async def test_an_image_that_was_only_asked_about_is_counted_once_it_may_be_learned(house: House) -> None:
+    series = 'dmn_statistics_images_total{outcome="counted"}'
+    asked, other = picture("red", 50), picture("green", 51)
+    before = (await house.metrics())[series]
+    await house.predictions(asked, learn=False)
+    await house.predictions(other)
+    await house.predictions(asked)
+    assert (await house.metrics())[series] - before == 2
