@@ -94,7 +94,7 @@ class ResetIn(_In):
     """Which memories to empty, and of which classes (all, if left out)."""
 
     scope: Literal["dynamic", "static", "all"]
-    classes: list[str] | None = None
+    classes: Annotated[list[str], Field(min_length=1)] | None = None
 
 
 class TrainIn(_In):
