@@ -94,7 +94,7 @@ class ResetIn(_In):
     """Which memories to empty, and of which classes (all, if left out)."""
 
     scope: Literal["dynamic", "static", "all"]
-    classes: Annotated[list[str], Field(min_length=1)] | None = None
+    classes: list[str] | None = None
 
 
 class TrainIn(_In):

@@ -297,12 +297,3 @@ async def test_a_tenant_that_is_not_there_cannot_be_exported(house: House) -> No
     problem(await house.client.get("/admin/memory/export", headers=told), "unknown-tenant")
     problem(await house.client.get("/admin/memory/snapshots", headers=told), "unknown-tenant")
     problem(await house.client.post("/admin/memory/snapshots", headers=told), "unknown-tenant")
-
-
-async def test_a_reset_of_no_class_is_refused_and_takes_no_snapshot(house: House) -> None:
-    await fill(house)
-    before = await house.memory()
-    answer = await house.client.post("/admin/memory/reset", json={"scope": "dynamic", "classes": []})
-    problem(answer, "invalid-request")
-    assert await house.memory() == before
-    assert (await house.client.get("/admin/memory/snapshots")).json()["items"] == []
