@@ -122,7 +122,8 @@ def trust(static: StaticMemory, shots: Statistics, text: Float[Tensor, "c d"], t
     held = list(_left_out(numbers, rows))
     if not held:
         unit = _unit(_spread_of_others(scores, known), _spread_of_others(shown.read(keys), known))
-        return Frozen(shown=shown, weight=expected * unit, lean=1.0 + LEAN_UNMEASURED * expected)
+        # Shots that tell no classes apart say nothing of the text head either.
+        return Frozen(shown=shown, weight=expected * unit, lean=1.0 + LEAN_UNMEASURED * expected if unit else 1.0)
     # All of a fold are left out, and some of them are read.
     read = [_evenly(out, rows // len(held)) for out in held]
     without = [_shown(_taken(shots, _keys(static, out, text), labels[out], -1)) for out in held]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from core import frozen
+from core.adapted import Adaptation
 from core.frozen import Frozen, as_statistics, trust
 from core.static import Shots, StaticMemory
 from core.statistics import Statistics
@@ -170,3 +171,11 @@ def test_bytes_are_those_of_its_tensors() -> None:
     got = _trusted(text, static)
     assert got.nbytes == 4 * (8 + 8 * 8 + 2 * 8 + 2)
     assert isinstance(as_statistics(static, text), Statistics)
+
+
+def test_shots_of_one_class_alone_do_not_make_statistics_weigh_more() -> None:
+    text = torch.eye(3)
+    none = Shots(keys=torch.empty(0, 3), ids=())
+    alone = StaticMemory(classes=(Shots(keys=text[1:2], ids=("s",)), none, none))
+    known = Adaptation.begin(text, alone, 20.0).frozen
+    assert (known.weight, known.lean) == (0.0, 1.0)
