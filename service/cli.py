@@ -1,4 +1,4 @@
-"""The command line: `dmn serve`, `classify`, `evaluate`, `train`, `replay`, `memory`, `config`.
+"""The command line: `dmn serve`, `classify`, `evaluate`, `train`, `replay`, `memory`, `bench`, `config`.
 
 Settings are made here, once.
 """
@@ -24,6 +24,7 @@ from rich.table import Table
 from core.errors import CoreError
 
 from . import logs, remote
+from .bench.cli import app as bench
 from .errors import ServiceError
 from .settings import CONFIG_VARIABLE, DEFAULT_TENANT, Settings
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 memory = typer.Typer(help="Move the memory of a tenant of a running service.", no_args_is_help=True)
 app.add_typer(memory, name="memory")
+app.add_typer(bench, name="bench")
 out = Console()
 err = Console(stderr=True)
 

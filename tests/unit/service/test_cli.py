@@ -25,7 +25,7 @@ from service import cli, logs, serve
 from service.settings import Settings
 from tests.fakes import COLOURS, FakeEncoder, picture
 
-COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "config")
+COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "bench", "config")
 
 
 @dataclass(frozen=True)
