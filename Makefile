@@ -20,11 +20,12 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.bench
 	$(BIN)/python tests/bench/bench_readout.py
 	$(BIN)/python tests/bench/bench_auto.py
 	$(BIN)/python tests/bench/bench_resident.py
 	$(BIN)/python tests/bench/bench_store.py
+	$(BIN)/python -m tests.bench.bench_serving
 
 # Long runs: workers that converge, processes that are killed, a cluster that loses nodes.
 soak: $(VENV)/.dev
@@ -47,3 +48,7 @@ $(VENV)/.serve: $(VENV)/bin/python pyproject.toml
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,dev]'
 	@touch $@ $(VENV)/.serve
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,bench]'
+	@touch $@

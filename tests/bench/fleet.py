@@ -1,0 +1,148 @@
+"""Servers side by side, each held to some cores, and `wrk` that loads one of them from other cores."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import httpx
+
+from tests.bench.null import CLASSES
+
+ROOT = Path(__file__).parents[2]
+HOST = "127.0.0.1"
+_PATIENCE_S = 180.0
+_SCRIPT = Path(__file__).with_name("post.lua")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A server that can be started: a module's arguments, the path that says that it is ready, and its settings."""
+
+    module: str
+    arguments: Sequence[str]
+    ready: str
+    settings: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """A running server."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    url: str
+
+
+def ours(encoder: str, store: str = "embedded", **settings: str) -> Kind:
+    """Return `dmn serve` as it is by default, with an encoder and a store."""
+    own = {"DMN_LOG_LEVEL": "error", "DMN_DRAIN_DELAY_S": "0", **settings}
+    return Kind(
+        module="tests.bench.launch",
+        arguments=("serve", "--encoder", encoder, "--store", store),
+        ready="/readyz",
+        settings=own,
+    )
+
+
+def peer(name: str, encoder: str, *arguments: str) -> Kind:
+    """Return a peer, `plain` or `lit`."""
+    return Kind(
+        module=f"tests.bench.{name}", arguments=("--encoder", encoder, *arguments), ready="/health", settings={}
+    )
+
+
+@contextmanager
+def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Server]:
+    """Run a server on some cores, as `taskset -c` names them, with so many threads for torch; ends with the block."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DMN_", "OMP_"))}
+    port = _free_port()
+    with TemporaryDirectory(prefix="dmn-bench-", ignore_cleanup_errors=True) as home:
+        command = ["taskset", "-c", cores, sys.executable, "-m", kind.module, *kind.arguments, "--port", str(port)]
+        own = {"OMP_NUM_THREADS": str(threads), "DMN_DATA_DIR": f"{home}/data", "PYTHONPATH": str(ROOT)}
+        log = Path(home, "log")
+        with log.open("wb") as said:
+            process = subprocess.Popen(
+                command,
+                stdout=said,
+                stderr=said,
+                cwd=home,
+                env={**clean, **own, **kind.settings},
+                start_new_session=True,
+            )
+        server = Server(name=name, process=process, url=f"http://{HOST}:{port}")
+        try:
+            _until_ready(server, kind.ready, log)
+            if kind.module == "tests.bench.launch":
+                told = httpx.put(f"{server.url}/tenants/default", json={"classes": CLASSES}, timeout=_PATIENCE_S)
+                told.raise_for_status()
+            yield server
+        finally:
+            _end(process)
+
+
+def loaded(
+    server: Server, images: Path, *, cores: str, connections: int, seconds: float, form: str
+) -> dict[str, float]:
+    """Return what `wrk` says of a server that it posts a list of images to, over so many connections."""
+    command = ["taskset", "-c", cores, "wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
+    command += ["-s", str(_SCRIPT), f"{server.url}/classify", "--", str(images), form]
+    told = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures = json.loads(told.stdout.strip().splitlines()[-1])
+    return {
+        "per_second": figures["requests"] / figures["seconds"],
+        "p50_ms": figures["p50_ms"],
+        "p99_ms": figures["p99_ms"],
+        "failed": figures["failed"],
+    }
+
+
+def missing() -> str | None:
+    """Return why servers cannot be compared here; None if they can."""
+    if shutil.which("wrk") is None:
+        return "The load client wrk is not installed; it is a package of Debian and others: apt-get install wrk."
+    if shutil.which("taskset") is None or len(os.sched_getaffinity(0)) < 2:
+        return "Server and client each need a core of their own, and taskset to be held to it."
+    if find_spec("litserve") is None:
+        return "LitServe is not installed; pip install 'dmn-clip-service[bench]'."
+    return None
+
+
+def _until_ready(server: Server, path: str, log: Path) -> None:
+    ends = time.monotonic() + _PATIENCE_S
+    while True:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(server.url + path, timeout=5).status_code == 200:
+                return
+        if server.process.poll() is not None or time.monotonic() > ends:
+            raise RuntimeError(f"{server.name} does not serve: {log.read_text(errors='replace')[-3000:]}")
+        time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a server, and what it started if that is still there."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(20)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,39 @@
+-- wrk: post the files of a list, one after the other, raw or as multipart; at the end one line of JSON.
+-- Arguments after `--`: the file that lists the images, and `raw` or `multipart`.
+
+local requests, at, BOUNDARY = {}, 0, "----bench-7d1f3c"
+
+local function read(path)
+  local file = assert(io.open(path, "rb"))
+  local data = file:read("*a")
+  file:close()
+  return data
+end
+
+local function multipart(data)
+  return "--" .. BOUNDARY .. "\r\nContent-Disposition: form-data; name=\"images\"; filename=\"a.jpg\"\r\n"
+    .. "Content-Type: image/jpeg\r\n\r\n" .. data .. "\r\n--" .. BOUNDARY .. "--\r\n"
+end
+
+function init(args)
+  local form = args[2] == "multipart"
+  local kind = form and "multipart/form-data; boundary=" .. BOUNDARY or "image/jpeg"
+  for path in io.lines(args[1]) do
+    local data = read(path)
+    requests[#requests + 1] = wrk.format("POST", nil, { ["Content-Type"] = kind }, form and multipart(data) or data)
+  end
+end
+
+function request()
+  at = at % #requests + 1
+  return requests[at]
+end
+
+function done(summary, latency, _)
+  local errors = summary.errors
+  local failed = errors.connect + errors.read + errors.write + errors.status + errors.timeout
+  io.write(string.format(
+    '{"requests": %d, "seconds": %.6f, "failed": %d, "p50_ms": %.4f, "p99_ms": %.4f}\n',
+    summary.requests, summary.duration / 1e6, failed, latency:percentile(50) / 1e3, latency:percentile(99) / 1e3
+  ))
+end
