@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 import torch
@@ -49,7 +50,9 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             furnished = await stack.enter_async_context(open_rooms(settings)) if rooms is None else rooms
-            app.state.rooms, app.state.ledger = furnished, Ledger(furnished.store)
+            ledger = Ledger(furnished.store)
+            app.state.rooms, app.state.ledger = furnished, ledger
+            app.state.answer = partial(classify.answered, furnished, ledger)
             yield
 
     app = FastAPI(

@@ -11,12 +11,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from . import logs, upkeep
 from .desk import Question, Reading
 from .errors import DeadlineExceeded, Internal, LimitExceeded, NoClasses, ServiceError, TooManyImages
-from .images import ImageFault
+from .images import Developed, ImageFault
 from .rooms import Rooms
 from .settings import Settings
 
@@ -24,6 +24,17 @@ T = TypeVar("T")
 
 Fault = ServiceError | ImageFault
 """Why one image has no answer."""
+
+
+class Delivery(Protocol):
+    """An image that another process develops, once it is asked to: nobody decodes what is not let in."""
+
+    async def developed(self) -> Developed:
+        """Return its views.
+
+        Raises:
+            ImageFault, ServiceError: it cannot be used; says why.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +45,12 @@ class ClassifyCall:
     """
 
     tenant: str
-    images: Sequence[bytes | ImageFault]
+    images: Sequence[bytes | ImageFault | Delivery]
     learn: bool
     views: int
     explain: bool
     deadline: float
+    top_k: int = 5
 
 
 async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
@@ -70,12 +82,15 @@ class _Encoded:
     timings: dict[str, float]
 
 
-async def _encode(rooms: Rooms, call: ClassifyCall, image: bytes | ImageFault) -> _Encoded:
+async def _encode(rooms: Rooms, call: ClassifyCall, image: bytes | ImageFault | Delivery) -> _Encoded:
     if isinstance(image, ImageFault):
         raise image
     timings: dict[str, float] = {}
     with rooms.metrics.stage("decode", timings):
-        developed = await rooms.darkroom.develop(image, views=call.views)
+        if isinstance(image, bytes):
+            developed = await rooms.darkroom.develop(image, views=call.views)
+        else:
+            developed = await image.developed()
     features = await rooms.batcher.encode(developed.pixels, deadline=call.deadline, timings=timings)
     question = Question(views=features, digest=developed.digest, learn=call.learn, explain=call.explain)
     return _Encoded(question=question, timings=timings)

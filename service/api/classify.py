@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Annotated
 
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from ..classify import ClassifyCall, Fault, classify
 from ..desk import Explanation, Reading
+from ..idempotency import Ledger
 from ..rooms import Rooms
 from ..stores.base import Remembered
 from .bodies import Images, read_images
 from .deps import (
     DeadlineDep,
     KeyDep,
-    LedgerDep,
     RoomsDep,
     TenantDep,
     digest_if,
@@ -37,6 +38,9 @@ from .schemas import (
     ShotTraceOut,
     SlotTraceOut,
 )
+
+Answer = Callable[[ClassifyCall, str | None, str], Coroutine[object, object, Response]]
+"""Answers a call that was read, given its idempotency key and digest: here (`answered`), or in another process."""
 
 router = APIRouter(tags=["classify"])
 
@@ -62,7 +66,6 @@ _BODY = {
 async def post_classify(
     request: Request,
     rooms: RoomsDep,
-    ledger: LedgerDep,
     tenant: TenantDep,
     deadline: DeadlineDep,
     key: KeyDep = None,
@@ -73,14 +76,20 @@ async def post_classify(
 ) -> Response:
     """Answer images in order; one that fails carries its own problem."""
     images = await read_images(request, rooms.settings)
-    call = ClassifyCall(tenant=tenant, images=images, learn=learn, views=views, explain=explain, deadline=deadline)
+    call = ClassifyCall(
+        tenant=tenant, images=images, learn=learn, views=views, explain=explain, deadline=deadline, top_k=top_k
+    )
     digest = await digest_if(key, ("classify", f"{top_k} {learn} {views} {explain}", *_contents(images)))
-    return await unless_gone(request, _answer(rooms, ledger, call, key, digest, top_k))
+    answer: Answer = request.app.state.answer
+    return await unless_gone(request, answer(call, key, digest))
 
 
-async def _answer(
-    rooms: Rooms, ledger: LedgerDep, call: ClassifyCall, key: str | None, digest: str, top_k: int
-) -> Response:
+async def answered(rooms: Rooms, ledger: Ledger, call: ClassifyCall, key: str | None, digest: str) -> Response:
+    """Return the answer to a call: the one kept for its key, or what the rooms make of it.
+
+    Raises:
+        ServiceError, AllFailed: the call is refused, or no image of it could be answered.
+    """
     headers: dict[str, str] = {}
 
     async def once() -> Remembered:
@@ -93,7 +102,7 @@ async def _answer(
         told = ClassifyOut(
             tenant=call.tenant,
             model=rooms.encoder.name,
-            predictions=[_told(result, top_k) for result in results],
+            predictions=[_told(result, call.top_k) for result in results],
             memory=stamp_out(latest, stale=any(reading.stale for reading in readings)),
         )
         return json_answer(told, digest, final=is_final(results))

@@ -17,6 +17,7 @@ from .. import logs
 from ..classify import Fault
 from ..errors import PROBLEMS, InvalidRequest, NotFound, ServiceError
 from ..images import ImageFault
+from ..metrics import Metrics
 from ..rooms import Rooms
 from .schemas import Problem
 
@@ -75,6 +76,15 @@ class AllFailed(Exception):
         self.faults = faults
 
 
+def refusal(error: Fault | AllFailed, metrics: Metrics) -> Response:
+    """Return what a caller is told of a call that failed; one that was refused without work is counted."""
+    if isinstance(error, AllFailed):
+        return _all_failed(error.faults)
+    if isinstance(error, ServiceError):
+        metrics.rejected.labels(error.slug).inc()
+    return problem_response(problem_of(error))
+
+
 def _all_failed(faults: Sequence[Fault]) -> Response:
     told = [problem_of(fault) for fault in faults]
     errors = [{"index": i, "problem": one.model_dump(exclude_none=True)} for i, one in enumerate(told)]
@@ -85,18 +95,10 @@ def register(app: FastAPI) -> None:
     """Make every error of the app a problem."""
 
     @app.exception_handler(ServiceError)
-    async def _refused(request: Request, error: ServiceError) -> Response:
-        rejected = request.app.state.rooms.metrics.rejected
-        rejected.labels(error.slug).inc()
-        return problem_response(problem_of(error))
-
     @app.exception_handler(ImageFault)
-    async def _bad_image(_: Request, error: ImageFault) -> Response:
-        return problem_response(problem_of(error))
-
     @app.exception_handler(AllFailed)
-    async def _no_answer(_: Request, error: AllFailed) -> Response:
-        return _all_failed(error.faults)
+    async def _refused(request: Request, error: Fault | AllFailed) -> Response:
+        return refusal(error, request.app.state.rooms.metrics)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> Response:
