@@ -60,7 +60,8 @@ class HotMemory:
 
     `position` leads from class id to class position; `barred` are purged slots; `filled` are dynamic slots; `nbytes`
     counts features and what is kept ready from them, `static_bytes` shots and offsets. `tally` is there with the method
-    `auto`. `unread` shots wait for this encoder to read their images. `away` says that the store could not be asked how
+    `auto`. `unread` shots wait for this encoder to read their images. `due` says that these, or slots that were scored
+    under other labels, come before the memory is what it should be. `away` says that the store could not be asked how
     it stands.
     """
 
@@ -73,15 +74,11 @@ class HotMemory:
     position: dict[str, int]
     barred: frozenset[tuple[str, str]] = frozenset()
     unread: int = 0
+    due: bool = False
     filled: int = 0
     nbytes: int = 0
     away: bool = False
     tally: Tally | None = None
-
-    @property
-    def due(self) -> bool:
-        """Whether slots have to be scored anew, or shots read anew, before the memory is what it should be."""
-        return self.unread > 0 or self.record.labelling != self.record.due_labelling
 
     @property
     def stale(self) -> bool:
@@ -130,6 +127,7 @@ class Archive:
         self._ledger = Ledger(store, worker, clock)
         self._left: list[tuple[Tally, Stamp]] = []
         self._hot: OrderedDict[str, HotMemory] = OrderedDict()
+        self._held = _Held()
         self._locks = KeyedLocks()
         self._asked: dict[str, asyncio.Future[Stamp | None]] = {}
         self._asking: set[asyncio.Task[None]] = set()
@@ -161,7 +159,7 @@ class Archive:
             try:
                 yield hot
             finally:
-                self._account()
+                self._account(tenant)
 
     async def record(self, tenant: str) -> TenantRecord:
         """Return a tenant's record, as the store has it.
@@ -192,7 +190,7 @@ class Archive:
     def drop(self, tenant: str) -> None:
         """Forget a hot memory, so that the next one who opens it loads it."""
         self._forget(tenant)
-        self._account()
+        self._account(tenant)
 
     async def exchange(self, tenant: str, every_s: float = 0.0) -> None:
         """Write what a hot memory has counted and take in what others have, unless that was done lately.
@@ -343,13 +341,15 @@ class Archive:
         text = await self._texts.class_weights([config.prompts(spec) for spec in config.classes])
         shelves = await self._worker.run(lambda: Shelves(snapshot_of(stored, text, self._encoder.logit_scale)))
         logs.event(logs.MEMORY_LOADED, tenant=tenant, classes=len(config.classes))
+        unread = sum(not shot.feature for own in stored.shots.values() for shot in own)
         hot = HotMemory(
             record=stored.record,
             stamp=stored.record.stamp,
             shelves=shelves,
             synced_at=loaded_at,
             verified_at=loaded_at,
-            unread=sum(not shot.feature for own in stored.shots.values() for shot in own),
+            unread=unread,
+            due=unread > 0 or stored.record.labelling != stored.record.due_labelling,
             static_bytes=static_bytes(stored),
             position={spec.id: i for i, spec in enumerate(config.classes)},
             barred=stored.barred,
@@ -360,29 +360,45 @@ class Archive:
         await self._worker.run(hot.measure)
         return hot
 
-    def _forget(self, tenant: str) -> int:
-        """Drop a hot memory, and return its bytes; what it has counted is written by and by."""
+    def _forget(self, tenant: str) -> None:
+        """Drop a hot memory; what it has counted is written by and by."""
         hot = self._hot.pop(tenant, None)
-        if hot is None:
-            return 0
-        if hot.tally is not None:
+        if hot is not None and hot.tally is not None:
             self._left.append((hot.tally, hot.stamp))
-        return hot.nbytes
 
-    def _account(self) -> None:
-        """Drop the least used memories that nobody holds until the rest fits, and say how it stands."""
-        total = sum(hot.nbytes for hot in self._hot.values())
-        for tenant in [tenant for tenant in self._hot if tenant not in self._locks]:
-            if total <= self._max_bytes:
-                break
-            total -= self._forget(tenant)
-            self._metrics.hot_evictions.inc()
-            logs.event(logs.MEMORY_EVICTED, tenant=tenant)
+    def _account(self, tenant: str) -> None:
+        """Note what one tenant's memory takes now; drop the least used ones that nobody holds until the rest fits."""
+        self._held.note(tenant, self._hot.get(tenant))
+        if self._held.nbytes > self._max_bytes:
+            for idle in [name for name in self._hot if name not in self._locks]:
+                self._forget(idle)
+                self._held.note(idle, None)
+                self._metrics.hot_evictions.inc()
+                logs.event(logs.MEMORY_EVICTED, tenant=idle)
+                if self._held.nbytes <= self._max_bytes:
+                    break
         self._metrics.hot_tenants.set(len(self._hot))
-        self._metrics.hot_bytes.set(total)
-        room = sum(len(hot.config.classes) * hot.config.slots for hot in self._hot.values())
-        filled = sum(hot.filled for hot in self._hot.values())
-        self._metrics.fill_ratio.set(filled / room if room else 0.0)
+        self._metrics.hot_bytes.set(self._held.nbytes)
+        self._metrics.fill_ratio.set(self._held.filled / self._held.room if self._held.room else 0.0)
+
+
+class _Held:
+    """Sums over the hot memories, kept as these change: a call must not cost more where there are more of them."""
+
+    def __init__(self) -> None:
+        self.nbytes = self.filled = self.room = 0
+        self._of: dict[str, tuple[int, int, int]] = {}
+
+    def note(self, tenant: str, hot: HotMemory | None) -> None:
+        """Take in what a tenant's memory takes now, nothing where it is not hot."""
+        before = self._of.pop(tenant, (0, 0, 0))
+        now = (0, 0, 0)
+        if hot is not None:
+            now = self._of[tenant] = (hot.nbytes, hot.filled, len(hot.config.classes) * hot.config.slots)
+        self.nbytes, self.filled, self.room = (
+            total + new - old
+            for total, new, old in zip((self.nbytes, self.filled, self.room), now, before, strict=True)
+        )
 
 
 def check_fingerprint(record: TenantRecord, encoder: Encoder) -> None:

@@ -92,7 +92,9 @@ async def _encode(rooms: Rooms, call: ClassifyCall, image: bytes | ImageFault | 
         else:
             developed = await image.developed()
     features = await rooms.batcher.encode(developed.pixels, deadline=call.deadline, timings=timings)
-    question = Question(views=features, digest=developed.digest, learn=call.learn, explain=call.explain)
+    question = Question(
+        views=features, digest=developed.digest, learn=call.learn, explain=call.explain, top_k=call.top_k
+    )
     return _Encoded(question=question, timings=timings)
 
 
@@ -107,6 +109,8 @@ async def _read(rooms: Rooms, call: ClassifyCall, encoded: _Encoded | Fault) -> 
 
 async def each(walks: Sequence[Callable[[], Awaitable[T]]], rooms: Rooms, deadline: float) -> list[T | Fault]:
     """Return what each image's walk returns, or its own fault; those not done by the deadline are given up."""
+    if len(walks) == 1:
+        return [await _own_fate(walks[0], rooms, deadline)]  # the commonest call is spared a task
     return await asyncio.gather(*(_own_fate(walk, rooms, deadline) for walk in walks))
 
 
@@ -153,8 +157,7 @@ async def _check_tenant(rooms: Rooms, tenant: str) -> None:
 
 def _agreement(reading: Reading) -> str:
     """Return which branches have the same first label."""
-    text, dynamic = int(reading.text.argmax()), int(reading.dynamic.argmax())
-    static = None if reading.static is None else int(reading.static.argmax())
+    text, dynamic, static = (own and own.label for own in (reading.text, reading.dynamic, reading.static))
     if text == dynamic and static in (None, text):
         return "all"
     if text == dynamic:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from core.adapted import Adapted
@@ -69,25 +71,40 @@ class Explanation:
     static: tuple[Trace, ...]
 
 
+class Choice(NamedTuple):
+    """A class that a branch gives an image, its position among the tenant's classes, and its probability."""
+
+    label: str
+    position: int
+    score: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
-    """One image's answer: class names in the tenant's order and probabilities (c,) of each branch, on the CPU.
+    """One image's answer: the first choice of each branch, and what they say together.
 
-    `stale` says that the memory may be behind the store's, or waits for upkeep; `due` that it does the latter.
+    `probabilities` (c,), on the CPU, are those of the fusion in the tenant's order of classes, and `top` the likeliest
+    of them, `fused` the first of these. `stale` says that the memory may be behind the store's, or waits for upkeep;
+    `due` that it does the latter.
     """
 
-    names: tuple[str, ...]
-    fused: Tensor
-    text: Tensor
-    dynamic: Tensor
-    static: Tensor | None
-    statistics: Tensor | None
+    probabilities: Tensor
+    top: tuple[Choice, ...]
+    text: Choice
+    dynamic: Choice
+    static: Choice | None
+    statistics: Choice | None
     learned: Learned
     explanation: Explanation | None
     stamp: Stamp
     stale: bool
     due: bool
     timings: dict[str, float]
+
+    @property
+    def fused(self) -> Choice:
+        """The answer."""
+        return self.top[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +115,7 @@ class Question:
     digest: str
     learn: bool
     explain: bool
+    top_k: int = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -195,7 +213,7 @@ class Desk:
         del self._queues[tenant]
 
     async def _answer(self, hot: HotMemory, group: list[_Waiting], timings: dict[str, float]) -> None:
-        answers, traces, group = await self._read(hot, group, timings)
+        answers, said, group = await self._read(hot, group, timings)
         if answers is None:
             return
         with self._metrics.stage("store", timings):
@@ -203,19 +221,18 @@ class Desk:
         if answers.adapted is not None:
             await self._worker.run(_count, hot, [waiting.question for waiting in group], answers.adapted)
             self._metrics.counted.labels("counted").inc(float(answers.adapted.counted.images))
-        names = tuple(spec.name for spec in hot.config.classes)
-        for i, (waiting, own) in enumerate(zip(group, learned, strict=True)):
+        for waiting, own, one in zip(group, learned, said, strict=True):
             if waiting.future.done():
                 continue
             reading = Reading(
-                names=names,
-                fused=answers.fused[i],
-                text=answers.text[i],
-                dynamic=answers.dynamic[i],
-                static=None if answers.static is None else answers.static[i],
-                statistics=None if answers.statistics is None else answers.statistics[i],
+                probabilities=one.probabilities,
+                top=one.top,
+                text=one.firsts["text"],
+                dynamic=one.firsts["dynamic"],
+                static=one.firsts.get("static"),
+                statistics=one.firsts.get("statistics"),
                 learned=own,
-                explanation=traces[i],
+                explanation=one.explanation,
                 stamp=hot.stamp,
                 stale=hot.stale,
                 due=hot.due,
@@ -225,16 +242,16 @@ class Desk:
 
     async def _read(
         self, hot: HotMemory, group: list[_Waiting], timings: dict[str, float]
-    ) -> tuple[Answers | None, list[Explanation | None], list[_Waiting]]:
+    ) -> tuple[Answers | None, list[_Said], list[_Waiting]]:
         """Return the answers to those of a group who wait to the end; who leaves meanwhile leaves no trace in them."""
         while group:
             questions = [waiting.question for waiting in group]
             room = self._room(hot)
             with self._metrics.stage("memory", timings):
-                answers, traces = await self._worker.run(_classify, hot, questions, room)
+                answers, said = await self._worker.run(_classify, hot, questions, room)
             stay = [waiting for waiting in group if not waiting.future.done()]
             if len(stay) == len(group):
-                return answers, traces, group
+                return answers, said, group
             group = stay
         return None, [], []
 
@@ -327,27 +344,61 @@ def _fail(waiting: Collection[_Waiting], error: Exception) -> None:
         waiting.clear()
 
 
-def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple[Answers, list[Explanation | None]]:
-    """Classify in the worker, and bring the probabilities to the CPU."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Said:
+    """What the memory said to one image."""
+
+    probabilities: Tensor
+    top: tuple[Choice, ...]
+    firsts: Mapping[str, Choice]
+    explanation: Explanation | None
+
+
+def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple[Answers, list[_Said]]:
+    """Classify in the worker, and bring what callers ask for to the CPU, all of a group's at once."""
     learn = hot.config.learn
     samples = [
         Sample(views=q.views, id=q.digest, learn=q.learn and learn, count=count)
         for q, count in zip(questions, _to_count(hot, questions), strict=True)
     ]
     answers = classify(hot.shelves, samples, _may_store(hot, room))
-    traces = [
-        _explain(hot, sample.views[:1], answers.seen[i]) if question.explain else None
-        for i, (sample, question) in enumerate(zip(samples, questions, strict=True))
+    names = [spec.name for spec in hot.config.classes]
+    likeliest = _choices(names, *answers.fused.topk(min(len(names), max(question.top_k for question in questions))))
+    firsts = _firsts(names, answers)
+    said = [
+        _Said(
+            probabilities=p,
+            top=likeliest[i][: question.top_k],
+            firsts={branch: own[i] for branch, own in firsts.items()},
+            explanation=_explain(hot, question.views[:1], answers.seen[i]) if question.explain else None,
+        )
+        for i, (p, question) in enumerate(zip(answers.fused.cpu(), questions, strict=True))
     ]
-    on_cpu = replace(
-        answers,
-        text=answers.text.cpu(),
-        dynamic=answers.dynamic.cpu(),
-        static=None if answers.static is None else answers.static.cpu(),
-        fused=answers.fused.cpu(),
-        adapted=answers.adapted and replace(answers.adapted, statistics=answers.adapted.statistics.cpu()),
-    )
-    return on_cpu, traces
+    return answers, said
+
+
+def _firsts(names: Sequence[str], answers: Answers) -> dict[str, list[Choice]]:
+    """Return the first choice of each branch that there is, for each image."""
+    every = {
+        "text": answers.text,
+        "dynamic": answers.dynamic,
+        "static": answers.static,
+        "statistics": answers.statistics,
+    }
+    held = {branch: p for branch, p in every.items() if p is not None}
+    scores, places = torch.stack(list(held.values())).max(-1)
+    return {
+        branch: [choice for (choice,) in _choices(names, s[:, None], c[:, None])]
+        for branch, s, c in zip(held, scores, places, strict=True)
+    }
+
+
+def _choices(names: Sequence[str], scores: Tensor, places: Tensor) -> list[tuple[Choice, ...]]:
+    """Return the choices that rows of probabilities and of classes' positions stand for."""
+    return [
+        tuple(Choice(names[c], c, score) for score, c in zip(*row, strict=True))
+        for row in zip(scores.tolist(), places.tolist(), strict=True)
+    ]
 
 
 def _to_count(hot: HotMemory, questions: Sequence[Question]) -> list[bool]:

@@ -24,7 +24,7 @@ from .adapt import LabelledImage, Shot, add_shots, delete_tenant, put_tenant
 from .classify import ClassifyCall, Fault, classify
 from .courses import ADAPTED, Course, mean, over, tail, together
 from .datasets import DataSet, Picture
-from .desk import Reading
+from .desk import Choice, Reading
 from .errors import InvalidRequest
 from .images import ImageFault, ImageUnreadable
 from .rooms import Rooms
@@ -248,9 +248,9 @@ class _Heard:
             self.labels.append(picture.label)
             self.writes[result.learned.outcome] += 1
             for name in BRANCHES:
-                p = getattr(result, name)
-                if p is not None:
-                    self.said[name].append((int(p.argmax()), float(p.max())))
+                first: Choice | None = getattr(result, name)
+                if first is not None:
+                    self.said[name].append((first.position, first.score))
         else:
             self.failed[str(picture.path)] = str(result)
         self.growth += [self.writes["filled"]] * (len(self.growth) < _TENTHS * self.done // self.images)
@@ -282,9 +282,19 @@ class _Heard:
         return Marks(predicted=torch.tensor(predicted), confidence=torch.tensor(confidence))
 
 
-async def ask(rooms: Rooms, images: list[bytes | ImageFault], *, views: int = 1) -> list[Reading | Fault]:
+async def ask(
+    rooms: Rooms, images: list[bytes | ImageFault], *, views: int = 1, top_k: int = 1
+) -> list[Reading | Fault]:
     """Return what the service answers to a call of the default tenant that waits as long as it takes."""
-    call = ClassifyCall(tenant=DEFAULT_TENANT, images=images, learn=True, views=views, explain=False, deadline=FOREVER)
+    call = ClassifyCall(
+        tenant=DEFAULT_TENANT,
+        images=images,
+        learn=True,
+        views=views,
+        explain=False,
+        deadline=FOREVER,
+        top_k=top_k,
+    )
     return await classify(rooms, call)
 
 

@@ -46,10 +46,7 @@ class Answer:
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """Return the k likeliest classes and their probabilities."""
-        if self.reading is None:
-            return []
-        scores, order = self.reading.fused.topk(min(k, len(self.reading.names)))
-        return [(self.reading.names[c], score) for c, score in zip(order.tolist(), scores.tolist(), strict=True)]
+        return [] if self.reading is None else [(one.label, one.score) for one in self.reading.top[:k]]
 
     def json(self, k: int) -> dict[str, object]:
         """Return the answer as plain values."""
@@ -69,7 +66,9 @@ async def classify_files(
             await put_tenant(rooms, DEFAULT_TENANT, config)
             advance = _announce(progress, "Classifying", len(paths))
             for part in parts(paths, call_size(settings)):
-                for path, result in zip(part, await ask(rooms, [read(path) for path in part]), strict=True):
+                for path, result in zip(
+                    part, await ask(rooms, [read(path) for path in part], top_k=len(names)), strict=True
+                ):
                     results.append((path, _answer(result)))
                 advance(len(part))
     return results

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from torch import Tensor
 
 from ..classify import ClassifyCall, Fault, classify
-from ..desk import Explanation, Reading
+from ..desk import Choice, Explanation, Reading
 from ..idempotency import Ledger
 from ..rooms import Rooms
 from ..stores.base import Remembered
@@ -102,7 +101,7 @@ async def answered(rooms: Rooms, ledger: Ledger, call: ClassifyCall, key: str | 
         told = ClassifyOut(
             tenant=call.tenant,
             model=rooms.encoder.name,
-            predictions=[_told(result, call.top_k) for result in results],
+            predictions=[_told(result) for result in results],
             memory=stamp_out(latest, stale=any(reading.stale for reading in readings)),
         )
         return json_answer(told, digest, final=is_final(results))
@@ -110,28 +109,24 @@ async def answered(rooms: Rooms, ledger: Ledger, call: ClassifyCall, key: str | 
     return response_of(await ledger.once(call.tenant, key, digest, once, wait_s=call.deadline - rooms.clock()), headers)
 
 
-def _told(result: Reading | Fault, top_k: int) -> PredictionOut:
+def _told(result: Reading | Fault) -> PredictionOut:
     if isinstance(result, Reading):
-        return _prediction(result, top_k)
+        return _prediction(result)
     return PredictionOut(
         label=None, score=None, top=None, readouts=None, learned=None, explain=None, error=problem_of(result)
     )
 
 
-def _prediction(reading: Reading, top_k: int) -> PredictionOut:
-    scores, order = reading.fused.topk(min(top_k, len(reading.names)))
-    top = [
-        ScoreOut(label=reading.names[c], score=score) for c, score in zip(order.tolist(), scores.tolist(), strict=True)
-    ]
+def _prediction(reading: Reading) -> PredictionOut:
     return PredictionOut(
-        label=top[0].label,
-        score=top[0].score,
-        top=top,
+        label=reading.fused.label,
+        score=reading.fused.score,
+        top=[_score(one) for one in reading.top],
         readouts=ReadoutsOut(
-            text=_first(reading, reading.text),
-            dynamic=_first(reading, reading.dynamic),
-            static=None if reading.static is None else _first(reading, reading.static),
-            statistics=None if reading.statistics is None else _first(reading, reading.statistics),
+            text=_score(reading.text),
+            dynamic=_score(reading.dynamic),
+            static=None if reading.static is None else _score(reading.static),
+            statistics=None if reading.statistics is None else _score(reading.statistics),
         ),
         learned=LearnedOut(**asdict(reading.learned)),
         explain=None if reading.explanation is None else _explained(reading.explanation),
@@ -139,9 +134,8 @@ def _prediction(reading: Reading, top_k: int) -> PredictionOut:
     )
 
 
-def _first(reading: Reading, p: Tensor) -> ScoreOut:
-    score, c = p.max(-1)
-    return ScoreOut(label=reading.names[int(c)], score=float(score))
+def _score(choice: Choice) -> ScoreOut:
+    return ScoreOut(label=choice.label, score=choice.score)
 
 
 def _explained(explanation: Explanation) -> ExplainOut:

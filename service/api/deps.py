@@ -27,24 +27,24 @@ GONE = 499
 _OUR_FAULT = 500
 
 
-def _rooms(request: Request) -> Rooms:
+async def _rooms(request: Request) -> Rooms:
     rooms: Rooms = request.app.state.rooms
     return rooms
 
 
-def _ledger(request: Request) -> Ledger:
+async def _ledger(request: Request) -> Ledger:
     ledger: Ledger = request.app.state.ledger
     return ledger
 
 
-def _tenant(
+async def _tenant(
     x_tenant: Annotated[str | None, Header(description="tenant, if not the default one")] = None,
     tenant: Annotated[str | None, Query(description="the same as `X-Tenant`")] = None,
 ) -> str:
     return named_tenant(x_tenant, tenant)
 
 
-def _deadline(
+async def _deadline(
     rooms: Annotated[Rooms, Depends(_rooms)],
     x_deadline_ms: Annotated[float | None, Header(gt=0, lt=1e9, description="milliseconds the answer may take")] = None,
 ) -> float:

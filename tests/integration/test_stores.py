@@ -76,7 +76,7 @@ async def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None
     async with house(tmp_path) as rooms:
         assert await adapt.load(rooms, DEFAULT_TENANT) == before
         again = await ask(rooms, picture("red", 9), learn=False)
-    assert again.fused.tolist() == asked.fused.tolist()
+    assert again.probabilities.tolist() == asked.probabilities.tolist()
     assert sum(len(bank) for bank in before.slots.values()) == len(COLOURS)
 
 

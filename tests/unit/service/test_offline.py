@@ -19,7 +19,7 @@ from rich.console import Console
 from core import openclip
 from core.orders import Kind
 from service import evaluation, logs, offline
-from service.desk import Learned, Reading
+from service.desk import Choice, Learned, Reading
 from service.errors import InvalidRequest
 from service.evaluation import Plan, Recalling
 from service.offline import Answer
@@ -45,12 +45,13 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEncoder]:
 
 
 def reading(*fused: float) -> Reading:
-    p = torch.tensor(fused)
+    choices = [Choice("abcdef"[index], index, p) for index, p in enumerate(fused)]
+    top = tuple(sorted(choices, key=lambda choice: -choice.score))
     return Reading(
-        names=tuple("abcdef"[: len(fused)]),
-        fused=p,
-        text=p,
-        dynamic=p,
+        probabilities=torch.tensor(fused),
+        top=top,
+        text=top[0],
+        dynamic=top[0],
         static=None,
         statistics=None,
         learned=Learned(outcome="filled", label="a", entropy=0.0),

@@ -137,7 +137,7 @@ def slot(id_: str, seed: int = 0, entropy: float | None = None) -> StoredSlot:
 async def answers(rooms: Rooms) -> Tensor:
     """Return what the tenant says to a few images, without learning them."""
     questions = [Question(views=look(f"q{n}")[None], digest=f"q{n}", learn=False, explain=False) for n in range(6)]
-    return torch.stack([(await rooms.desk.ask("zoo", question)).fused for question in questions])
+    return torch.stack([(await rooms.desk.ask("zoo", question)).probabilities for question in questions])
 
 
 async def upset(house: House, rooms: Rooms) -> None:
