@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Query, Request, Response
-from pydantic import BaseModel
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..auth import named_tenant
 from ..errors import PROBLEMS, InvalidRequest, ServiceError
@@ -19,6 +20,7 @@ from ..stores.base import Remembered, Stamp
 from .schemas import StampOut
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 GONE = 499
 """Status, seen in logs and metrics alone, of calls whose client left."""
@@ -48,8 +50,7 @@ async def _deadline(
     rooms: Annotated[Rooms, Depends(_rooms)],
     x_deadline_ms: Annotated[float | None, Header(gt=0, lt=1e9, description="milliseconds the answer may take")] = None,
 ) -> float:
-    given = rooms.settings.deadline_ms if x_deadline_ms is None else min(x_deadline_ms, rooms.settings.deadline_ms)
-    return rooms.clock() + given / 1000
+    return deadline_of(x_deadline_ms, rooms)
 
 
 RoomsDep = Annotated[Rooms, Depends(_rooms)]
@@ -59,6 +60,47 @@ DeadlineDep = Annotated[float, Depends(_deadline)]
 KeyDep = Annotated[str | None, Header(alias="Idempotency-Key", description="one answer for all retries of a call")]
 LimitDep = Annotated[int, Query(ge=1, le=1000, description="items a page")]
 CursorDep = Annotated[str | None, Query(description="`next` of the page before")]
+
+
+class CallHeaders(BaseModel):
+    """The headers of a call with images, for a route that reads them itself; names are in lower case."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tenant: str | None = Field(None, alias="x-tenant", description="tenant, if not the default one")
+    deadline_ms: float | None = Field(
+        None, alias="x-deadline-ms", gt=0, lt=1e9, description="milliseconds the answer may take"
+    )
+    key: str | None = Field(None, alias="idempotency-key", description="one answer for all retries of a call")
+
+
+def deadline_of(given_ms: float | None, rooms: Rooms) -> float:
+    """Return the moment of the rooms' clock by which a call is to be answered."""
+    longest_ms = rooms.settings.deadline_ms
+    return rooms.clock() + (longest_ms if given_ms is None else min(given_ms, longest_ms)) / 1000
+
+
+def parsed(model: type[M], place: str, given: Mapping[str, str]) -> M:
+    """Return what a call's query or headers say.
+
+    Raises:
+        RequestValidationError: as the framework itself would, had it read them.
+    """
+    try:
+        return model.model_validate(dict(given))
+    except ValidationError as error:
+        raise RequestValidationError([{**one, "loc": (place, *one["loc"])} for one in error.errors()]) from error
+
+
+def as_parameters(model: type[BaseModel], place: str) -> list[dict[str, object]]:
+    """Return what the OpenAPI document says of such a query, or of such headers."""
+    told = []
+    for name, schema in model.model_json_schema()["properties"].items():
+        said = {key: value for key, value in schema.items() if key not in ("title", "description")}
+        told.append(
+            {"name": name, "in": place, "required": False, "schema": said, "description": schema["description"]}
+        )
+    return told
 
 
 def stamp_out(stamp: Stamp, *, stale: bool = False) -> StampOut:
