@@ -26,6 +26,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python tests/bench/bench_resident.py
 	$(BIN)/python tests/bench/bench_store.py
 	$(BIN)/python -m tests.bench.bench_serving
+	$(BIN)/python -m tests.bench.bench_encoder
 
 # Long runs: workers that converge, processes that are killed, a cluster that loses nodes.
 soak: $(VENV)/.dev

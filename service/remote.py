@@ -32,10 +32,10 @@ def export_memory(url: str, tenant: str, path: Path, console: Console, *, force:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
     partial = path.with_name(f"{path.name}.part")
-    with _client(url, tenant) as client, client.stream("GET", "/admin/memory/export") as answer:
+    with connected(url, tenant) as client, client.stream("GET", "/admin/memory/export") as answer:
         if answer.is_error:
             answer.read()
-        _check(answer)
+        check(answer)
         size = int(answer.headers["content-length"])
         try:
             with partial.open("wb") as file, _progress(console) as bar:
@@ -60,7 +60,7 @@ def import_memory(url: str, tenant: str, path: Path, console: Console) -> dict[s
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     size = path.stat().st_size
-    with _client(url, tenant) as client, path.open("rb") as file, _progress(console) as bar:
+    with connected(url, tenant) as client, path.open("rb") as file, _progress(console) as bar:
         task = bar.add_task(f"Importing into {tenant}", total=size)
 
         def parts() -> Iterator[bytes]:
@@ -70,13 +70,19 @@ def import_memory(url: str, tenant: str, path: Path, console: Console) -> dict[s
 
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
         answer = client.post("/admin/memory/import", content=parts(), headers=headers)
-    _check(answer)
+    check(answer)
     told: dict[str, Any] = answer.json()
     return told
 
 
 @contextmanager
-def _client(url: str, tenant: str) -> Iterator[httpx.Client]:
+def connected(url: str, tenant: str) -> Iterator[httpx.Client]:
+    """Let a client ask a service for a tenant.
+
+    Raises:
+        ConnectionError: the service does not answer.
+        ValueError: that is no address.
+    """
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"--url takes a service's address, such as http://127.0.0.1:8000; got {url!r}.")
     try:
@@ -90,7 +96,7 @@ def _client(url: str, tenant: str) -> Iterator[httpx.Client]:
         raise ConnectionError(f"The service at {url} broke off: {type(error).__name__}.") from error
 
 
-def _check(answer: httpx.Response) -> None:
+def check(answer: httpx.Response) -> None:
     """Return if a service did what it was asked.
 
     Raises:

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from service.bench.telling import stamp
-from tests.bench.fleet import Kind, Server, loaded, missing, ours, peer, running
-from tests.bench.photos import photo_list
+from tests.bench.fleet import Kind, Server, loaded, medians, missing, ours, peer, photo_list, running, settings_of
 
 OURS = "dmn"
+_WARM = 8
+"""Connections of the first load, which nobody measures: memories fill, and what is set up lazily is set up."""
 
 
 def main() -> None:
@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument("--connections", default="1,8,64")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--body", choices=("raw", "multipart"), default="raw")
-    parser.add_argument("--servers", default="", help="some of them, by name, separated by commas")
+    parser.add_argument(
+        "--servers", default="", help="some of them, separated by commas: dmn, dmn-memory, litserve, fastapi"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="DMN_X=Y", help="a setting of dmn serve")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     why = missing()
@@ -43,11 +46,11 @@ def main() -> None:
         print(told["skipped"] if why else table(told))
 
 
-def kinds() -> dict[str, Kind]:
-    """Return the servers."""
+def kinds(settings: dict[str, str]) -> dict[str, Kind]:
+    """Return the servers; `settings` are those of ours that differ from the default."""
     return {
-        OURS: ours("null"),
-        "dmn, memory": ours("null", "memory"),
+        OURS: ours("null", **settings),
+        "dmn-memory": ours("null", "memory", **settings),
         "litserve": peer("lit", "null"),
         "fastapi": peer("plain", "null"),
     }
@@ -55,30 +58,28 @@ def kinds() -> dict[str, Kind]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return the medians of every server at every number of connections, and what ours makes of the others'."""
-    chosen = {name: kind for name, kind in kinds().items() if not options.servers or name in options.servers.split(",")}
-    counts = [int(one) for one in options.connections.split(",")]
+    every = kinds(settings_of(options.set))
+    chosen = {name: every[name] for name in options.servers.split(",")} if options.servers else every
     with TemporaryDirectory() as folder, ExitStack() as stack:
         images = photo_list(Path(folder), options.images, 96)
         servers = [stack.enter_context(running(name, kind, cores="0", threads=1)) for name, kind in chosen.items()]
+
+        def load(server: Server, connections: int) -> dict[str, float]:
+            return loaded(
+                server, images, cores="1", connections=connections, seconds=options.seconds, form=options.body
+            )
+
         for server in servers:
-            _load(server, images, options, 8)  # memories fill, caches warm
-        rounds = [
-            {count: {server.name: _load(server, images, options, count) for server in servers} for count in counts}
-            for _ in range(options.rounds)
-        ]
-    medians = {str(count): {name: _median([one[count][name] for one in rounds]) for name in chosen} for count in counts}
-    return {"body": options.body, "connections": medians, "ratios": _ratios(medians)}
+            load(server, _WARM)
+        runs = {
+            count: [{server.name: load(server, int(count)) for server in servers} for _ in range(options.rounds)]
+            for count in options.connections.split(",")
+        }
+    figures = {count: medians(rounds) for count, rounds in runs.items()}
+    return {"body": options.body, "connections": figures, "ratios": _ratios(figures)}
 
 
-def _load(server: Server, images: Path, options: argparse.Namespace, connections: int) -> dict[str, float]:
-    return loaded(server, images, cores="1", connections=connections, seconds=options.seconds, form=options.body)
-
-
-def _median(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
-
-
-def _ratios(medians: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
+def _ratios(figures: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
     """Return the requests a second of ours over each other server's."""
     return {
         count: {
@@ -86,7 +87,7 @@ def _ratios(medians: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
             for name, one in servers.items()
             if name != OURS and OURS in servers
         }
-        for count, servers in medians.items()
+        for count, servers in figures.items()
     }
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 
+from service.bench.photos import photo
 from tests.bench.null import CLASSES
 
 ROOT = Path(__file__).parents[2]
@@ -68,11 +70,10 @@ def peer(name: str, encoder: str, *arguments: str) -> Kind:
 @contextmanager
 def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Server]:
     """Run a server on some cores, as `taskset -c` names them, with so many threads for torch; ends with the block."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DMN_", "OMP_"))}
     port = _free_port()
     with TemporaryDirectory(prefix="dmn-bench-", ignore_cleanup_errors=True) as home:
         command = ["taskset", "-c", cores, sys.executable, "-m", kind.module, *kind.arguments, "--port", str(port)]
-        own = {"OMP_NUM_THREADS": str(threads), "DMN_DATA_DIR": f"{home}/data", "PYTHONPATH": str(ROOT)}
+        own = {"OMP_NUM_THREADS": str(threads), "DMN_DATA_DIR": f"{home}/data"}
         log = Path(home, "log")
         with log.open("wb") as said:
             process = subprocess.Popen(
@@ -80,7 +81,7 @@ def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Serv
                 stdout=said,
                 stderr=said,
                 cwd=home,
-                env={**clean, **own, **kind.settings},
+                env={**clean_environment(), **own, **kind.settings},
                 start_new_session=True,
             )
         server = Server(name=name, process=process, url=f"http://{HOST}:{port}")
@@ -108,6 +109,35 @@ def loaded(
         "p99_ms": figures["p99_ms"],
         "failed": figures["failed"],
     }
+
+
+def photo_list(folder: Path, count: int, size: int) -> Path:
+    """Write photos into a folder, and return the file that lists them."""
+    paths = [folder / f"{seed}.jpg" for seed in range(count)]
+    for seed, path in enumerate(paths):
+        path.write_bytes(photo(seed, size))
+    listed = folder / "images.txt"
+    listed.write_text("\n".join(map(str, paths)) + "\n")
+    return listed
+
+
+def medians(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the median over the rounds of each figure of each case."""
+    return {
+        case: {name: round(statistics.median(one[case][name] for one in rounds), 3) for name in figures}
+        for case, figures in rounds[0].items()
+    }
+
+
+def settings_of(given: Sequence[str]) -> dict[str, str]:
+    """Return `DMN_X=Y` of the command line as settings."""
+    return dict(one.split("=", 1) for one in given)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without settings of ours, and with the repository to import from."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DMN_", "OMP_"))}
+    return {**clean, "PYTHONPATH": str(ROOT)}
 
 
 def missing() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,13 +21,3 @@ def photo(seed: int, size: int) -> bytes:
     file = BytesIO()
     Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
     return file.getvalue()
-
-
-def photo_list(folder: Path, count: int, size: int) -> Path:
-    """Write photos into a folder, and return the file that lists them."""
-    paths = [folder / f"{seed}.jpg" for seed in range(count)]
-    for seed, path in enumerate(paths):
-        path.write_bytes(photo(seed, size))
-    listed = folder / "images.txt"
-    listed.write_text("\n".join(map(str, paths)) + "\n")
-    return listed
