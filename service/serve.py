@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from rich.console import Console
 
-from . import logs
+from . import logs, loop
 from .app import create_app, open_rooms
 from .rooms import Rooms
 from .settings import Settings
@@ -22,7 +22,7 @@ def serve(settings: Settings, console: Console) -> int:
     Raises:
         EncoderUnavailable: the encoder cannot be had.
     """
-    return asyncio.run(_serve(settings, console))
+    return loop.run(_serve(settings, console))
 
 
 async def _serve(settings: Settings, console: Console) -> int:
@@ -30,6 +30,7 @@ async def _serve(settings: Settings, console: Console) -> int:
     status.start()
     async with open_rooms(settings) as rooms:
         status.stop()
+        loop.settle()
         config = uvicorn.Config(
             create_app(settings, rooms),
             host=settings.host,
@@ -37,6 +38,7 @@ async def _serve(settings: Settings, console: Console) -> int:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nobody asks where a call comes from
             timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
         )
         server = _Server(config, settings, rooms, console)

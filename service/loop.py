@@ -1,0 +1,26 @@
+"""The event loop of a process that serves, and its heap."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Coroutine
+from typing import TypeVar
+
+import uvloop
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[object, object, T]) -> T:
+    """Return what some work returns, on a loop that costs less a call than the standard library's."""
+    return uvloop.run(work)
+
+
+def settle() -> None:
+    """Leave what is there for good out of every later garbage collection; to be called once all is loaded.
+
+    Libraries and models are some million objects. Looking through them again and again took more time than all else
+    that a call with a small encoder does, and stopped everybody for it.
+    """
+    gc.collect()
+    gc.freeze()
