@@ -12,13 +12,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-import uvicorn
 from rich.console import Console
 
 from service.app import create_app, open_rooms
+from service.door import Address, Door, announce, kept
 from service.errors import Draining
 from service.rooms import Rooms
-from service.serve import _kept, _Server
 from service.settings import Settings
 from tests.fakes import FakeEncoder
 
@@ -29,16 +28,16 @@ async def rooms() -> AsyncIterator[Rooms]:
         yield rooms
 
 
-def server(rooms: Rooms, settings: Settings, console: Console | None = None) -> _Server:
-    config = uvicorn.Config(
-        create_app(settings, rooms), host=settings.host, port=settings.port, log_config=None, lifespan="on"
-    )
-    return _Server(config, settings, rooms, console or Console(file=io.StringIO()))
+def server(rooms: Rooms, settings: Settings, console: Console | None = None) -> Door:
+    def opened(address: Address) -> None:
+        announce(console or Console(file=io.StringIO()), rooms.settings, encoder=rooms.encoder.name, address=address)
+
+    return Door(create_app(settings, rooms), settings, rooms.batcher, opened)
 
 
 @asynccontextmanager
-async def listening(own: _Server) -> AsyncIterator[None]:
-    """Open the doors without the signal handlers, which belong to the whole process."""
+async def listening(own: Door) -> AsyncIterator[None]:
+    """Open the door without the signal handlers, which belong to the whole process."""
     own.config.load()
     own.lifespan = own.config.lifespan_class(own.config)
     await own.startup()
@@ -79,7 +78,7 @@ async def test_it_says_on_which_url_it_answers(rooms: Rooms, host: str) -> None:
     ],
 )
 def test_it_says_where_memories_are_kept_without_a_password(settings: Settings, told: str) -> None:
-    said = _kept(settings)
+    said = kept(settings)
     assert told in said
     assert "secret" not in said
 
@@ -120,7 +119,7 @@ async def test_the_time_for_work_in_flight_is_the_setting(monkeypatch: pytest.Mo
 
     seen: list[float | None] = []
 
-    class Noted(_Server):
+    class Noted(Door):
         async def serve(self, sockets: list[socket.socket] | None = None) -> None:
             del sockets
             seen.append(self.config.timeout_graceful_shutdown)
@@ -131,7 +130,7 @@ async def test_the_time_for_work_in_flight_is_the_setting(monkeypatch: pytest.Mo
         async with open_rooms(settings, FakeEncoder()) as rooms:
             yield rooms
 
-    monkeypatch.setattr(serve, "_Server", Noted)
+    monkeypatch.setattr(serve, "Door", Noted)
     monkeypatch.setattr(serve, "open_rooms", furnished)
     settings = Settings(port=0, drain_timeout_s=seconds)
     assert await serve._serve(settings, Console(file=io.StringIO())) == 0

@@ -1,0 +1,88 @@
+"""The door: uvicorn, which closes in steps, and the one line that says where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from socket import socket
+from types import FrameType
+from typing import Any, Protocol
+
+import uvicorn
+from rich.console import Console
+
+from . import logs
+from .settings import Settings
+
+Address = tuple[str, int]
+
+
+class Gate(Protocol):
+    """Who is told that the door closes: at first readiness goes off, then nothing new is let in."""
+
+    leaving: bool
+    draining: bool
+
+
+class Door(uvicorn.Server):
+    """Turns readiness off first when told to stop, so that a balancer looks elsewhere before the door closes."""
+
+    def __init__(self, app: Any, settings: Settings, gate: Gate, opened: Callable[[Address], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                host=settings.host,
+                port=settings.port,
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,  # nobody asks where a call comes from
+                timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
+            )
+        )
+        self._gate, self._delay_s, self._opened = gate, settings.drain_delay_s, opened
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Open, and tell where."""
+        await super().startup(sockets)
+        if self.started:
+            self._opened(self.servers[0].sockets[0].getsockname()[:2])
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - both signals mean the same
+        """Stop in steps at the first signal, and at once at the second.
+
+        The base class would raise the signal again when it is done, which ends the process before the rooms close.
+        """
+        if self._gate.leaving:
+            self.should_exit = self.force_exit = True
+            return
+        self._gate.leaving = True
+        logs.event(logs.DRAINING, delay_s=self._delay_s)
+        asyncio.get_running_loop().call_later(self._delay_s, self.close)
+
+    def close(self) -> None:
+        """Let nobody in any more; who is inside is served to the end."""
+        self._gate.leaving = self._gate.draining = True
+        self.should_exit = True
+
+
+def announce(console: Console, settings: Settings, *, encoder: str, address: Address) -> None:
+    """Say where the service is, and what becomes of memories."""
+    host, port = address
+    shown = f"[{host}]" if ":" in host else host
+    console.print(
+        f"dmn serves {encoder} on http://{shown}:{port} (routes: /docs). {kept(settings)} Ctrl-C stops it.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def kept(settings: Settings) -> str:
+    """Return where memories are kept, as a sentence."""
+    if settings.store == "memory":
+        return "Memories are not kept: they end with this process (DMN_STORE=memory)."
+    if settings.store == "embedded":
+        return f"Memories are kept in {settings.data_dir}."
+    return "Memories are kept in the store."
