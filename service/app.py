@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -33,7 +32,7 @@ from .rooms import Rooms
 from .settings import Settings
 from .stores.base import MemoryStore
 from .stores.connection import connect
-from .stores.embedded import embedded_server, find_binary
+from .stores.embedded import embedded_server, settled
 from .stores.memory import InProcessStore
 from .stores.redis import RedisStore
 from .stores.watched import watched
@@ -85,7 +84,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
         StoreDown: the store does not answer, or cannot be started.
         ValueError: the device cannot be used.
     """
-    settings = _with_a_store(settings)
+    settings = settled(settings)
     worker = Worker()
     try:
         device = choose_device(settings.device)
@@ -175,15 +174,6 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         clock=clock,
         wall=time.time,
     )
-
-
-def _with_a_store(settings: Settings) -> Settings:
-    """Return the settings; where there is no server for the embedded store, and nobody asked for it, with `memory`."""
-    asked_for = {"store", "embedded_binary"} & settings.model_fields_set
-    if settings.store != "embedded" or asked_for or find_binary() is not None:
-        return settings
-    logs.event(logs.NOTHING_KEPT, level=logging.WARNING, why="no Valkey or Redis server for the embedded store")
-    return settings.model_copy(update={"store": "memory"})
 
 
 @asynccontextmanager

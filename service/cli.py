@@ -97,13 +97,55 @@ def serve(
     encoder: EncoderOption = None,
     store: Annotated[str | None, typer.Option(help="Where memories live: `memory`, `embedded`, or a URL.")] = None,
     device: DeviceOption = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Several devices, `cuda:0,cuda:1`; each gets a worker process.")
+    ] = None,
+    http_workers: Annotated[
+        int | None, typer.Option(min=0, help="HTTP processes before the worker processes; 0: one process does all.")
+    ] = None,
 ) -> None:
     """Serve over HTTP."""
+    settings = _settings(
+        host=host,
+        port=port,
+        encoder=encoder,
+        store=store,
+        device=device,
+        devices=devices,
+        http_workers=http_workers,
+    )
+    logs.set_up(settings.log_level, settings.log_format)
+    if settings.http_workers:
+        from .steward import keep  # noqa: PLC0415 - it does without torch, whose import takes seconds
+
+        sys.exit(keep(settings, err))
+    if settings.devices:
+        _stop("DMN_DEVICES gives each device a process of its own: say DMN_HTTP_WORKERS=1 or more, or use DMN_DEVICE.")
     from .serve import serve as run  # noqa: PLC0415 - torch takes seconds to import; other commands need not wait
 
-    settings = _settings(host=host, port=port, encoder=encoder, store=store, device=device)
-    logs.set_up(settings.log_level, settings.log_format)
     sys.exit(run(settings, err))
+
+
+@app.command(hidden=True)
+def room(lifeline: int) -> None:
+    """Be one process of a service that runs in several; `dmn serve` starts it."""
+    from . import loop  # noqa: PLC0415 - as in serve
+    from .lifeline import Lifeline  # noqa: PLC0415 - as in serve
+
+    line = Lifeline(lifeline)
+    plan = line.plan()
+    logs.set_up(plan.settings.log_level, plan.settings.log_format, process=plan.name)
+    try:
+        if plan.role == "front":
+            from .front import attend as run  # noqa: PLC0415 - as in serve
+        else:
+            from .back import work as run  # noqa: PLC0415 - as in serve
+        sys.exit(loop.run(run(plan, line)))
+    except (CoreError, ServiceError, ValueError, OSError) as error:
+        if line.told:
+            raise
+        line.failed(str(error))
+        sys.exit(WRONG_INPUT)
 
 
 @app.command()

@@ -16,6 +16,9 @@ STARTED = "dmn.service.started"
 STOPPED = "dmn.service.stopped"
 NOTHING_KEPT = "dmn.store.nothing_kept"
 DRAINING = "dmn.service.draining"
+PROCESS_STARTED = "dmn.process.started"
+PROCESS_ENDED = "dmn.process.ended"
+PROCESS_STAYED = "dmn.process.stayed"
 REQUEST = "dmn.request"
 FAILED = "dmn.request.failed"
 BATCH_FAILED = "dmn.batch.failed"
@@ -49,31 +52,37 @@ def event(name: str, *, level: int = logging.INFO, error: BaseException | None =
     logger.log(level, name, extra={"fields": fields}, exc_info=error)
 
 
-def set_up(level: str, form: Literal["json", "text"], stream: TextIO = sys.stderr) -> None:
-    """Send this service's events, and warnings of its libraries, to `stream`."""
+def set_up(level: str, form: Literal["json", "text"], stream: TextIO = sys.stderr, *, process: str = "") -> None:
+    """Send this service's events, and warnings of its libraries, to `stream`; of several processes each has a name."""
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(_Json() if form == "json" else _Text())
+    handler.setFormatter(_Json(process) if form == "json" else _Text(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logger.setLevel(level.upper())
 
 
-def _values(record: logging.LogRecord) -> dict[str, object]:
+def _values(record: logging.LogRecord, process: str) -> dict[str, object]:
     own: dict[str, object] = dict(getattr(record, "fields", {}))
+    if process:
+        own["process"] = process
     if request_id.get():
         own.setdefault("request_id", request_id.get())
     return own
 
 
 class _Json(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
     def format(self, record: logging.LogRecord) -> str:
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
             "event": record.getMessage(),
-            **_values(record),
+            **_values(record, self._process),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
@@ -81,10 +90,16 @@ class _Json(logging.Formatter):
 
 
 class _Text(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S")
         # json.dumps keeps a value on one line, whatever a client put into it.
-        values = " ".join(f"{name}={json.dumps(value, default=str)}" for name, value in _values(record).items())
+        values = " ".join(
+            f"{name}={json.dumps(value, default=str)}" for name, value in _values(record, self._process).items()
+        )
         text = f"{time} {record.levelname.lower():7} {json.dumps(record.getMessage())[1:-1]} {values}".rstrip()
         if not record.exc_info:
             return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -29,8 +30,9 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(name, text, labels, buckets=buckets, registry=registry)
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, labels, registry=registry)
+        def gauge(name: str, text: str, *labels: str, together: Literal["livesum", "livemax"] = "livesum") -> Gauge:
+            """Make a gauge; `together` is what several processes show of it, of those that live."""
+            return Gauge(name, text, labels, registry=registry, multiprocess_mode=together)
 
         self.requests = counter("dmn_requests_total", "Calls answered.", "method", "route", "code")
         self.rejected = counter("dmn_rejected_total", "Calls refused without work, by problem.", "reason")
@@ -53,12 +55,16 @@ class Metrics:
 
         self.queue_images = gauge("dmn_queue_images", "Images times views waiting to be encoded.")
         self.inflight_images = gauge("dmn_inflight_images", "Images times views taken in and not answered yet.")
-        self.fill_ratio = gauge("dmn_memory_fill_ratio", "Filled slots over all, of the hot memories.")
+        self.fill_ratio = gauge(
+            "dmn_memory_fill_ratio", "Filled slots over all, of the hot memories.", together="livemax"
+        )
         self.hot_tenants = gauge("dmn_hot_tenants", "Tenants whose memory is ready to be read.")
         self.hot_bytes = gauge("dmn_hot_bytes", "Bytes of the hot memories.")
         self.jobs = gauge("dmn_jobs", "Jobs, by kind and state.", "kind", "state")
         self.device_bytes = gauge("dmn_device_memory_bytes", "Bytes that torch holds on the device.")
-        self.build_info = gauge("dmn_build_info", "What is running; always 1.", "version", "encoder", "fingerprint")
+        self.build_info = gauge(
+            "dmn_build_info", "What is running; always 1.", "version", "encoder", "fingerprint", together="livemax"
+        )
         self._zeros()
 
     @contextmanager

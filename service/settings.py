@@ -34,6 +34,12 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port that the server listens on; 0 picks a free one")
     encoder: str = Field("lite", description="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`")
     device: str = Field("auto", description="torch device of the encoder; `auto` takes CUDA where there is one")
+    http_workers: int = Field(
+        0, ge=0, le=256, description="HTTP processes before a worker process for each device; 0: one process does all"
+    )
+    devices: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="torch devices that get a worker process each, separated by commas; by default the one device"
+    )
     store: str = Field(
         "embedded",
         description="where memories live: `embedded` runs a private Valkey, `memory` keeps nothing, or the URL of a "
@@ -100,13 +106,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _split_formats(cls, values: dict[str, object]) -> dict[str, object]:
-        formats = values.get("image_formats")
-        if isinstance(formats, str):
-            formats = formats.split(",")
-        if isinstance(formats, list | tuple):
-            named = (str(part).strip().upper() for part in formats)
-            values["image_formats"] = tuple(part for part in named if part)
+    def _split_lists(cls, values: dict[str, object]) -> dict[str, object]:
+        formats, devices = _listed(values.get("image_formats")), _listed(values.get("devices"))
+        if formats is not None:
+            values["image_formats"] = tuple(part.upper() for part in formats)
+        if devices is not None:
+            values["devices"] = devices
         return values
 
     @field_validator("data_dir", mode="before")
@@ -158,6 +163,14 @@ class Settings(BaseSettings):
         if not Path(file).is_file():
             raise FileNotFoundError(f"{CONFIG_VARIABLE} names {file}, which is no file.")
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file)
+
+
+def _listed(value: object) -> tuple[str, ...] | None:
+    """Return the words of a list, or of a text with commas; None of anything else."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return None
+    return tuple(word for part in parts if (word := str(part).strip()))
 
 
 def _state_folder() -> Path:

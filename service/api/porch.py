@@ -78,7 +78,7 @@ class Porch:
             await problem_response(problem("body-too-large", _too_large(body)))(scope, receive, visit.send)
             return
         try:
-            async with asyncio.timeout(_patience_s(Headers(scope=scope))):
+            async with asyncio.timeout(patience_of(Headers(scope=scope))):
                 await self._app(scope, self._bounded(receive, body), visit.send)
         except TimeoutError:
             late = problem("deadline-exceeded", "The deadline passed before the call was answered.")
@@ -165,7 +165,7 @@ def _route(scope: Scope) -> str:
     return path if path in (app.docs_url, app.openapi_url, app.redoc_url) else "unmatched"
 
 
-def _patience_s(headers: Headers) -> float | None:
+def patience_of(headers: Headers) -> float | None:
     """Return the seconds after which a call with `X-Deadline-Ms` is given up, None for those without.
 
     Calls with images keep the deadline themselves, image by image; they get a little longer here, to say so.

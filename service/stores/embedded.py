@@ -39,6 +39,7 @@ from redis.exceptions import RedisError
 
 from .. import logs
 from ..errors import StoreDown
+from ..settings import Settings
 
 Fsync = Literal["everysec", "always"]
 
@@ -75,6 +76,15 @@ def find_binary(named: str = "") -> Path | None:
             if os.access(file, os.X_OK):
                 return file
     return next((Path(found) for name in _NAMES if (found := shutil.which(name))), None)
+
+
+def settled(settings: Settings) -> Settings:
+    """Return the settings; where there is no server for the embedded store, and nobody asked for it, with `memory`."""
+    asked_for = {"store", "embedded_binary"} & settings.model_fields_set
+    if settings.store != "embedded" or asked_for or find_binary() is not None:
+        return settings
+    logs.event(logs.NOTHING_KEPT, level=logging.WARNING, why="no Valkey or Redis server for the embedded store")
+    return settings.model_copy(update={"store": "memory"})
 
 
 def embedded_server(folder: Path, named: str, *, fsync: Fsync) -> EmbeddedServer:

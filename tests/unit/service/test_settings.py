@@ -18,6 +18,7 @@ OTHER: dict[str, object] = {
     "log_format": "text",
     "encoder": "ViT-B-16/openai",
     "device": "cpu",
+    "devices": ("cuda:0", "cuda:1"),
     "store": "redis://localhost:6379",
     "store_down": "refuse",
     "data_dir": Path("/some/where"),
@@ -161,6 +162,11 @@ def test_formats_are_a_list_with_commas_in_any_case(text: str, file: Path, monke
     assert Settings().image_formats == ("JPEG", "PNG")
 
 
+def test_devices_are_a_list_with_commas() -> None:
+    assert Settings(devices=" cuda:0, cuda:1,").devices == ("cuda:0", "cuda:1")  # type: ignore[arg-type]
+    assert Settings(devices="").devices == ()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -168,6 +174,7 @@ def test_formats_are_a_list_with_commas_in_any_case(text: str, file: Path, monke
         {"image_formats": ""},
         {"port": 65536},
         {"port": -1},
+        {"http_workers": -1},
         {"max_images": 0},
         {"batch_images": 300, "queue_images": 200},
         {"sync_ms": -1},

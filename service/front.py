@@ -1,0 +1,250 @@
+"""An HTTP process: it reads calls and decodes their images, and asks a worker process for the rest.
+
+request ──porch──> call ──hatch──> let in ──darkroom──> pixels ──hatch──> answer
+
+`/classify` is read and answered here, `/livez`, `/readyz` and `/metrics` are told of the whole service, and every other
+route is passed on as it is to a worker process. A tenant's calls go to one worker process, where its memory is hot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.types import Message, Receive, Scope, Send
+
+from core.encoder import Preprocess
+
+from . import loop
+from .api import admin, classify, health, problems
+from .api.porch import Porch, patience_of
+from .api.schemas import CheckOut, ReadyOut
+from .classify import ClassifyCall
+from .darkroom import Darkroom
+from .door import Door
+from .errors import DeadlineExceeded, QueueFull, ServiceError
+from .images import Developed, ImageFault, ImageLimits
+from .lifeline import Lifeline, Plan
+from .metrics import Metrics
+from .settings import DEFAULT_TENANT, Settings
+from .window import GRACE_S, RETRY_S, Image, Window, nobody_there
+
+_PROBE_S = 2.0
+"""How long a worker process may take to say that it is ready."""
+
+_OWN = frozenset(("/classify", "/livez", "/readyz", "/metrics"))
+_FAULT = "dmn.fault"
+"""Where a request that could not be passed on says why."""
+
+
+async def attend(plan: Plan, lifeline: Lifeline) -> int:
+    """Serve over HTTP until told to stop or left alone, and return the exit status."""
+    disable_created_metrics()
+    of_all = CollectorRegistry()
+    MultiProcessCollector(of_all)  # reads the files in which each process keeps its own
+    front = Front(plan.settings, plan.hatches, Metrics(CollectorRegistry()), of_all)
+    door = Door(front, plan.settings, front.lodge, lambda _: lifeline.ready({}))
+    async with front.in_touch() as met:
+        alone = asyncio.create_task(lifeline.cut(door.close))
+        await asyncio.wait((alone, asyncio.create_task(met.wait())), return_when=asyncio.FIRST_COMPLETED)
+        loop.settle()
+        await door.serve([socket.socket(fileno=plan.door)])
+        alone.cancel()
+    return 0 if door.started else 1
+
+
+class Lodge:
+    """What the porch asks of the rooms, where there are none: it stands for them, and for their `batcher`."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> None:
+        self.settings, self.metrics, self.clock = settings, metrics, clock
+        self.leaving = self.draining = False
+
+    @property
+    def batcher(self) -> Lodge:
+        """Who knows whether the service leaves, and when to come again."""
+        return self
+
+    def retry_after_s(self) -> float:
+        """Return when to come again."""
+        return RETRY_S
+
+
+class Front:
+    """The web application of an HTTP process, as ASGI has it; `/metrics` shows what is in the registry `shown`."""
+
+    def __init__(self, settings: Settings, hatches: Sequence[str], metrics: Metrics, shown: CollectorRegistry) -> None:
+        self.lodge, self._shown = Lodge(settings, metrics, time.monotonic), shown
+        self._windows = [Window(path, self._develop, self.lodge.clock) for path in hatches]
+        self._crowded = settings.batch_images / settings.http_workers
+        self._darkroom: Darkroom | None = None
+        self._met = asyncio.Event()
+        self._app = self._furnished(settings)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["path"] in _OWN:
+            await self._app(scope, receive, send)
+            return
+        parting = _Parting(send, self.lodge)
+        try:
+            async with asyncio.timeout(_patience_s(scope)):
+                await self._home(_tenant_of(scope)).pass_on(scope, receive, parting.send)
+        except TimeoutError:
+            await self._refuse(DeadlineExceeded("The deadline passed before the call was answered."), scope, parting)
+        except QueueFull as error:
+            await self._refuse(error, scope, parting)
+
+    @asynccontextmanager
+    async def in_touch(self) -> AsyncIterator[asyncio.Event]:
+        """Keep in touch with the worker processes; the event tells that one was there."""
+        tasks = [asyncio.create_task(window.keep(self._meet), name="dmn-window") for window in self._windows]
+        try:
+            yield self._met
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if self._darkroom is not None:
+                self._darkroom.close()
+
+    # Calls to /classify ----------------------------------------------------------------------------------------------
+
+    async def _answer(self, call: ClassifyCall, key: str | None, digest: str) -> Response:
+        return await self._choose(call.tenant, key).answer(call, key, digest)
+
+    def _choose(self, tenant: str, key: str | None) -> Window:
+        """Return the tenant's own worker process; where it is crowded and another is much emptier, that one.
+
+        Two calls with one key have to meet, so they always go home.
+        """
+        home = self._home(tenant)
+        if key is not None or home.load <= self._crowded:
+            return home
+        least = min((window for window in self._windows if window.open), key=lambda window: window.load)
+        return least if 2 * least.load < home.load else home
+
+    def _home(self, tenant: str) -> Window:
+        """Return the worker process where the tenant's memory is hot, of those that are there.
+
+        By rendezvous: while one is away its tenants go elsewhere, and nobody else's do.
+
+        Raises:
+            QueueFull: none is there.
+        """
+        there = [(i, window) for i, window in enumerate(self._windows) if window.open]
+        if not there:
+            raise nobody_there()
+        return max(there, key=lambda one: hashlib.sha256(f"{one[0]} {tenant}".encode()).digest())[1]
+
+    def _meet(self, how: Preprocess) -> None:
+        """Make images ready as the encoder wants them, which is the same in every worker process."""
+        if self._darkroom is None:
+            settings = self.lodge.settings
+            limits = ImageLimits(
+                max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
+            )
+            threads = math.ceil(settings.decode_workers / settings.http_workers)
+            self._darkroom = Darkroom(how, limits, threads=threads)
+            self._met.set()
+
+    async def _develop(self, image: Image, views: int) -> Developed:
+        if isinstance(image, ImageFault):
+            raise image
+        if isinstance(image, bytes) and self._darkroom is not None:
+            return await self._darkroom.develop(image, views=views)
+        raise TypeError("An image is developed where its bytes are.")
+
+    # The rest --------------------------------------------------------------------------------------------------------
+
+    def _furnished(self, settings: Settings) -> FastAPI:
+        """Return the application of the routes that are answered here."""
+        app = FastAPI(openapi_url=None, redirect_slashes=False)
+        app.state.rooms, app.state.answer = self.lodge, self._answer
+        app.add_middleware(
+            Porch,
+            max_body_bytes=settings.max_body_bytes,
+            max_inflight_bytes=max(settings.max_body_bytes, settings.max_inflight_bytes // settings.http_workers),
+            deadline_s=settings.deadline_ms / 1000,
+            to_disk={admin.IMPORT: settings.max_import_bytes},
+        )
+        problems.register(app)
+        app.include_router(classify.router)
+        app.add_api_route("/livez", health.live)
+        app.add_api_route("/readyz", self._ready)
+        app.add_api_route("/metrics", self._metrics)
+        app.router.default = _raise_fault
+        return app
+
+    async def _refuse(self, fault: ServiceError, scope: Scope, parting: _Parting) -> None:
+        """Tell a caller whose request was to be passed on why it was not, if nothing was told yet."""
+        if not parting.begun:
+            await self._app({**scope, _FAULT: fault}, _nothing_more, parting.send)
+
+    async def _ready(self, response: Response) -> ReadyOut:
+        """Return 200 if a worker process can classify images now, else 503, with each reason."""
+        told = [one for one in await self._asked() if one is not None]
+        best = max(told, key=lambda one: one.ready, default=ReadyOut(ready=False, checks={}))
+        checks = best.checks | {"workers": CheckOut(ok=bool(told), detail=f"{len(told)} of {len(self._windows)}")}
+        if self.lodge.leaving:
+            checks["draining"] = CheckOut(ok=False, detail="stopping")
+        fine = best.ready and not self.lodge.leaving
+        response.status_code = 200 if fine else 503
+        return ReadyOut(ready=fine, checks=checks)
+
+    async def _metrics(self) -> Response:
+        """Return the metrics of all processes together."""
+        await self._asked()  # which has them measure what is measured when somebody looks
+        text = await asyncio.to_thread(generate_latest, self._shown)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def _asked(self) -> list[ReadyOut | None]:
+        """Return what each worker process says of itself, None of one that is not there."""
+        return await asyncio.gather(*(window.ask(_PROBE_S) for window in self._windows))
+
+
+class _Parting:
+    """Hands an answer on, and asks the client to come back by another connection once this process leaves."""
+
+    def __init__(self, send: Send, lodge: Lodge) -> None:
+        self._send, self._lodge = send, lodge
+        self.begun = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            if self._lodge.leaving:
+                MutableHeaders(scope=message)["Connection"] = "close"
+        await self._send(message)
+
+
+async def _raise_fault(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - as ASGI has it
+    raise scope[_FAULT]
+
+
+async def _nothing_more() -> Message:
+    return {"type": "http.request", "body": b"", "more_body": False}
+
+
+def _tenant_of(scope: Scope) -> str:
+    """Return whose request it is, as far as it matters where it goes: the worker process looks closer."""
+    _, first, *rest = scope["path"].split("/")
+    if first == "tenants" and rest and rest[0]:
+        return str(rest[0])
+    named = Headers(scope=scope).get("x-tenant") or QueryParams(scope["query_string"]).get("tenant")
+    return named or DEFAULT_TENANT
+
+
+def _patience_s(scope: Scope) -> float | None:
+    """Return after how many seconds a request with a deadline is given up; the worker process keeps it itself."""
+    patience_s = patience_of(Headers(scope=scope))
+    return None if patience_s is None else patience_s + GRACE_S
