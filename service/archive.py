@@ -50,6 +50,9 @@ from .tenants import ClassSpec, TenantConfig
 from .texts import TextFeatures
 from .worker import Worker
 
+_MOST_LEFT = 8
+"""Dropped memories whose last counts may wait to be written: they are in no budget."""
+
 _VERIFIED = 64
 """Classes that are compared with the store at a time."""
 
@@ -126,6 +129,7 @@ class Archive:
         self._serve_stale = serve_stale
         self._ledger = Ledger(store, worker, clock)
         self._left: list[tuple[Tally, Stamp]] = []
+        self._counters: dict[str, tuple[str, int]] = {}
         self._hot: OrderedDict[str, HotMemory] = OrderedDict()
         self._held = _Held()
         self._locks = KeyedLocks()
@@ -230,10 +234,16 @@ class Archive:
         """
         if everything:
             self._left += [(hot.tally, hot.stamp) for hot in self._hot.values() if hot.tally is not None]
-        for left in [left for left in self._left if tenant in (None, left[0].tenant)]:
+        await self._settle([left for left in self._left if tenant in (None, left[0].tenant)])
+
+    async def _settle(self, lefts: Sequence[tuple[Tally, Stamp]]) -> None:
+        for tally, at in lefts:
             with suppress(StoreDown):
-                self._metrics.counted.labels("lost").inc(await self._ledger.leave(*left))
-                self._left = [one for one in self._left if one is not left]
+                lost = await self._ledger.leave(tally, at)
+                self._metrics.counted.labels("lost").inc(lost)
+                self._left = [one for one in self._left if one[0] is not tally]
+                if tally.seq and not lost:
+                    self._counters[tally.tenant] = tally.counter, tally.seq
 
     async def verify(self, tenant: str, every_s: float = 0.0) -> None:
         """Compare a hot memory with the store's, unless that was done lately; one that differs is loaded anew.
@@ -330,6 +340,7 @@ class Archive:
 
     async def _load(self, tenant: str) -> HotMemory:
         await self.settle(tenant=tenant)  # what was counted a moment ago is to be read too
+        await self._settle(self._left[:-_MOST_LEFT])  # who comes makes room for itself
         stored = await self._store.load(tenant)
         if stored is None:
             raise UnknownTenant(f"There is no tenant {tenant!r}.")
@@ -356,7 +367,8 @@ class Archive:
         )
         if config.method == "auto":
             ids = [spec.id for spec in config.classes]
-            hot.tally = await self._worker.run(begin, tenant, ids, stored.counts, text, loaded_at)
+            own = self._counters.pop(tenant, None)
+            hot.tally = await self._worker.run(begin, tenant, ids, stored.counts, text, loaded_at, own)
         await self._worker.run(hot.measure)
         return hot
 

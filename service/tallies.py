@@ -130,23 +130,40 @@ class Tally:
             self.recent.popitem(last=False)
 
 
-def begin(tenant: str, class_ids: Sequence[str], counts: Mapping[str, Count], like: Tensor, now: float) -> Tally:
+def begin(
+    tenant: str,
+    class_ids: Sequence[str],
+    counts: Mapping[str, Count],
+    like: Tensor,
+    now: float,
+    own: tuple[str, int] | None = None,
+) -> Tally:
     """Return a tally that has counted nothing yet, for class weights `like` (c, d).
+
+    It goes on with the counter `own`, a name and the number of its last write, where the store still has that as it was
+    left: a memory that comes and goes would else leave a counter behind each time, for everyone to read and to hold.
 
     Raises:
         IncompatibleMemory: what is stored is of another size.
     """
     none = Statistics.zeros(*like.shape, device=like.device)
-    return Tally(
+    others = {name: decode(count.statistics, class_ids, like) for name, count in counts.items()}
+    seen = {name: count.seq for name, count in counts.items()}
+    tally = Tally(
         tenant=tenant,
         class_ids=tuple(class_ids),
         written=none,
         flying=none,
         waiting=none,
-        others={name: decode(count.statistics, class_ids, like) for name, count in counts.items()},
-        seen={name: count.seq for name, count in counts.items()},
+        others=others,
+        seen=seen,
         exchanged_at=now,
     )
+    if own is not None and seen.get(own[0]) == own[1]:
+        tally.counter, tally.seq = own
+        tally.written = others.pop(tally.counter)
+        del seen[tally.counter]
+    return tally
 
 
 def encode(statistics: Statistics, class_ids: Sequence[str], which: Tensor | None = None) -> StoredStatistics:

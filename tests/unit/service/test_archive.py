@@ -21,6 +21,7 @@ from service.errors import FingerprintMismatch, NoClasses, StoreAway, StoreDown,
 from service.metrics import Metrics
 from service.stores.base import Change, PushCandidate, Stamp, StoredMemory, StoredShot, StoredSlot, Synced
 from service.stores.memory import InProcessStore
+from service.tallies import decode
 from service.tenants import ClassSpec, TenantConfig, class_id
 from service.texts import TextFeatures
 from service.worker import Worker
@@ -734,6 +735,25 @@ async def test_a_dropped_memory_is_loaded_anew(cellar: Cellar) -> None:
     cellar.archive.drop("zoo")
     await opened(cellar, "zoo")
     assert cellar.store.asked == ["load zoo", "load zoo"]
+
+
+async def test_memories_that_come_and_go_leave_one_counter_each_and_few_that_wait_to_be_written() -> None:
+    cellar = Cellar(max_bytes=1)
+    names = [f"tenant-{n}" for n in range(20)]
+    for tenant in names:
+        await cellar.create(tenant, "red")
+    for tenant in names * 3:
+        async with cellar.archive.open(tenant) as hot:
+            assert hot.tally is not None
+            hot.tally.add(replace(hot.tally.none, images=torch.tensor(1.0)))
+        assert len(cellar.archive._left) <= 10
+    await cellar.archive.settle(everything=True)
+    for tenant in names:
+        stored = await cellar.store.load(tenant)
+        assert stored is not None
+        assert len(stored.counts) == 1
+        assert decode(stored.statistics, [class_id("red")], torch.zeros(1, DIM)).images == 3
+    cellar.worker.close()
 
 
 async def test_a_memory_is_held_by_one_at_a_time(cellar: Cellar) -> None:

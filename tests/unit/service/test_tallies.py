@@ -95,10 +95,10 @@ class Desk:
             "zoo", config, "f", expected=expected, labelling=config.labelling, origin={}, slots={}
         )
 
-    async def tally(self) -> Tally:
+    async def tally(self, own: tuple[str, int] | None = None) -> Tally:
         stored = await self.store.load("zoo")
         assert stored is not None
-        return begin("zoo", IDS, stored.counts, LIKE, self.store.now)
+        return begin("zoo", IDS, stored.counts, LIKE, self.store.now, own)
 
     async def exchange(self, *tallies: Tally) -> list[bool]:
         return [await self.ledger.exchange(tally, self.stamp) for tally in tallies]
@@ -331,6 +331,36 @@ async def test_a_folded_counter_keeps_its_counts_while_it_cannot_read_where_they
     tally.add(some(2))
     await desk.ledger.leave(tally, desk.stamp)
     assert same(tally.total, added(some(1), some(2)))
+
+
+# Memories that come and go --------------------------------------------------------------------------------------------
+
+
+async def test_a_memory_that_comes_again_goes_on_with_its_counter(desk: Desk) -> None:
+    own, wanted = None, added()
+    for seed in range(5):
+        tally = await desk.tally(own)
+        assert same(tally.total, wanted)
+        tally.add(some(seed))
+        wanted = wanted + some(seed)
+        await desk.ledger.leave(tally, desk.stamp)
+        own = tally.counter, tally.seq
+    assert set(await counts(desk)) == {tally.counter}
+    assert same(await desk.store.total(), wanted)
+
+
+async def test_a_counter_that_was_folded_or_written_meanwhile_is_not_gone_on_with(desk: Desk) -> None:
+    first = await desk.tally()
+    first.add(some(1))
+    await desk.ledger.leave(first, desk.stamp)
+    own = first.counter, first.seq
+    first.add(some(2))
+    await desk.ledger.leave(first, desk.stamp)
+    assert (await desk.tally(own)).counter != first.counter
+    assert await desk.store.fold("zoo", desk.stamp, await counts(desk), "sum")
+    late = await desk.tally((first.counter, first.seq))
+    assert late.counter != first.counter
+    assert same(late.total, added(some(1), some(2)))
 
 
 # Images that come again -----------------------------------------------------------------------------------------------
