@@ -82,18 +82,22 @@ class Client:
             writer.close()
         await asyncio.gather(*(writer.wait_closed() for _reader, writer in self._idle), return_exceptions=True)
 
-    async def post(self, body: bytes) -> int:
-        """Return the status that the service answers, once its answer is read; 0 for none."""
+    async def post(self, body: bytes, **headers: str) -> int:
+        """Return the status that the service answers, once its answer is read; 0 for none.
+
+        Headers of this call alone are named with underscores.
+        """
+        more = b"".join(f"{name.replace('_', '-')}: {value}\r\n".encode() for name, value in headers.items())
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                return await self._post(body)
+                return await self._post(body, more)
         except (OSError, EOFError, TimeoutError):
             return _NO_ANSWER
 
-    async def _post(self, body: bytes) -> int:
+    async def _post(self, body: bytes, more: bytes) -> int:
         reader, writer = await self._connection()
         try:
-            writer.write(b"%b\r\nContent-Length: %d\r\n\r\n%b" % (self._head, len(body), body))
+            writer.write(b"%b\r\n%bContent-Length: %d\r\n\r\n%b" % (self._head, more, len(body), body))
             head = await reader.readuntil(b"\r\n\r\n")
             fields = dict(_fields(head))
             await reader.readexactly(int(fields.get(b"content-length", 0)))
