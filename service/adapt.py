@@ -136,12 +136,14 @@ async def add_shots(
     for label in {one.label for one in labelled}:
         record.config.spec(label)
     walks: list[StoredShot | Fault] = []
-    step = min(rooms.settings.batch_images, rooms.settings.queue_images)
+    step = min(rooms.settings.batch_images, rooms.settings.tenant_queue_images)
     for start in range(0, len(labelled), step):
         part = labelled[start : start + step]
-        with rooms.batcher.admit(len(part)):
+        with rooms.batcher.admit(len(part), tenant=tenant):
             keep = record.config.retention == "images"
-            walks += await each([partial(_walk, rooms, one, deadline, keep=keep) for one in part], rooms, deadline)
+            walks += await each(
+                [partial(_walk, rooms, tenant, one, deadline, keep=keep) for one in part], rooms, deadline
+            )
     count_faults(rooms, walks)
     await _store_shots(rooms, tenant, [shot for shot in walks if isinstance(shot, StoredShot)])
     stamp = await _labelled(rooms, tenant)
@@ -349,13 +351,13 @@ async def _soon(rooms: Rooms, tenant: str) -> Job | None:
     return None
 
 
-async def _walk(rooms: Rooms, one: LabelledImage, deadline: float, *, keep: bool) -> StoredShot:
+async def _walk(rooms: Rooms, tenant: str, one: LabelledImage, deadline: float, *, keep: bool) -> StoredShot:
     if isinstance(one.image, ImageFault):
         raise one.image
     timings: dict[str, float] = {}
     with rooms.metrics.stage("decode", timings):
-        developed = await rooms.darkroom.develop(one.image)
-    feature = (await rooms.batcher.encode(developed.pixels, deadline=deadline, timings=timings))[0]
+        developed = await rooms.darkroom.develop(one.image, tenant=tenant)
+    feature = (await rooms.batcher.encode(developed.pixels, tenant=tenant, deadline=deadline, timings=timings))[0]
     own = class_id(one.label)
     return StoredShot(
         id=hashlib.sha256(f"{own}/{developed.digest}".encode()).hexdigest()[:20],

@@ -133,6 +133,7 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         clock,
         batch_images=settings.batch_images,
         queue_images=settings.queue_images,
+        tenant_images=settings.tenant_queue_images,
         wait_s=settings.batch_wait_ms / 1000,
     )
     texts = TextFeatures(worker, encoder.encode_texts, max_bytes=settings.text_cache_bytes)

@@ -1,7 +1,8 @@
 """The shuttle: images of all tenants into encode batches, one result or one error an image.
 
-The queue is bounded in images times views and checked before anything is decoded. A batch goes as soon as the device
-is free; while it is busy the next one gathers.
+The queue is bounded in images times views and checked before anything is decoded; whoever is there, a share of it stays
+free for the next tenant that comes. A batch goes as soon as the device is free; while it is busy the next one gathers,
+one image of each tenant in turn.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from core.numerics import checked_unit
 from . import logs
 from .errors import DeadlineExceeded, Draining, Internal, InvalidRequest, QueueFull, ServiceError
 from .metrics import Metrics
+from .turns import Turns
 from .worker import Worker
 
 _RATE_MEMORY = 0.8
@@ -52,13 +54,15 @@ class Batcher:
         *,
         batch_images: int,
         queue_images: int,
+        tenant_images: int,
         wait_s: float,
     ) -> None:
         self._worker, self._encode, self._metrics, self._clock = worker, encode, metrics, clock
         self._batch_images, self._queue_images, self._wait_s = batch_images, queue_images, wait_s
-        self._waiting: deque[_Item] = deque()
+        self._tenant_images = tenant_images
+        self._waiting: Turns[_Item] = Turns()
         self._arrived = asyncio.Event()
-        self._taken = 0
+        self._taken: Counter[str] = Counter()
         self._rate = 0.0
         self._loop: asyncio.Task[None] | None = None
         self._closed = False
@@ -77,46 +81,47 @@ class Batcher:
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
-        _fail(self._waiting, _stopping())
-        self._waiting.clear()
+        _fail(self._waiting.clear(), _stopping())
 
     @property
     def taken(self) -> int:
         """Images times views that are in the server."""
-        return self._taken
+        return self._taken.total()
 
     @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Hold room for images times views until they are answered.
+    def admit(self, images: int, *, tenant: str) -> Iterator[None]:
+        """Hold room for images times views of a tenant until they are answered.
 
         Raises:
             Draining: the server is going down.
-            QueueFull: there is no room now; says when there may be.
+            QueueFull: there is no room now, at all or for this tenant; says when there may be.
             InvalidRequest: there is never room for so many.
         """
         if self.draining:
             raise _stopping()
-        if images > self._queue_images:
+        most = min(self._tenant_images, self._queue_images)
+        if images > most:
             raise InvalidRequest(
-                f"The call holds {images} images times views; the server takes in {self._queue_images} at most."
+                f"The call holds {images} images times views; the server takes in {most} of a tenant at most."
             )
-        if self._taken + images > self._queue_images:
+        if self._taken[tenant] + images > self._share(tenant) or self.taken + images > self._queue_images:
             raise QueueFull(
-                f"{self._taken} images are in the server, which takes in {self._queue_images}.",
+                f"{self.taken} images are in the server, {self._taken[tenant]} of them this tenant's; it takes in "
+                f"{self._queue_images}, and leaves room for tenants that have none there.",
                 retry_after_s=self.retry_after_s(),
             )
-        self._take(images)
+        self._take(tenant, images)
         try:
             yield
         finally:
-            self._take(-images)
+            self._take(tenant, -images)
 
     def retry_after_s(self) -> float:
         """Return the seconds until what is in the server will be done, by the measured rate; at least 1."""
-        seconds = self._taken / self._rate if self._rate else 1.0
+        seconds = self.taken / self._rate if self._rate else 1.0
         return float(min(_LONGEST_RETRY_S, max(1.0, math.ceil(seconds))))
 
-    async def encode(self, pixels: Tensor, *, deadline: float, timings: dict[str, float]) -> Tensor:
+    async def encode(self, pixels: Tensor, *, tenant: str, deadline: float, timings: dict[str, float]) -> Tensor:
         """Return the features (v, d) of an image's views (v, 3, h, w).
 
         Raises:
@@ -126,7 +131,7 @@ class Batcher:
         if self._closed:
             raise _stopping()
         item = _Item(pixels=pixels, deadline=deadline, queued=self._clock(), timings=timings)
-        self._waiting.append(item)
+        self._waiting.put(tenant, item)
         self._count_waiting()
         self._arrived.set()
         return await item.future
@@ -149,7 +154,7 @@ class Batcher:
 
     async def _fill(self) -> None:
         """Wait for a full batch, no longer than the setting says, counted from the first image."""
-        ends = self._waiting[0].queued + self._wait_s if self._waiting else 0.0
+        ends = min((item.queued for item in self._waiting), default=0.0) + self._wait_s
         while sum(len(item.pixels) for item in self._waiting) < self._batch_images:
             self._arrived.clear()
             left = ends - self._clock()
@@ -164,8 +169,8 @@ class Batcher:
         """Take images up to a full batch, passing over those that nobody waits for or that are late."""
         batch: list[_Item] = []
         room, now = self._batch_images, self._clock()
-        while self._waiting and (len(self._waiting[0].pixels) <= room or not batch):
-            item = self._waiting.popleft()
+        while self._waiting and (len(self._waiting.first().pixels) <= room or not batch):
+            item = self._waiting.take()
             if item.future.done():
                 continue
             if now > item.deadline:
@@ -199,9 +204,17 @@ class Batcher:
     def _learn_rate(self, rate: float) -> None:
         self._rate = _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate if self._rate else rate
 
-    def _take(self, images: int) -> None:
-        self._taken += images
-        self._metrics.inflight_images.set(self._taken)
+    def _share(self, tenant: str) -> int:
+        """Return how much of the queue a tenant may hold: beside others no more than each, and one who may come."""
+        others = len(self._taken) - (tenant in self._taken)
+        fair = max(1, self._queue_images // (others + 2)) if others else self._queue_images
+        return min(self._tenant_images, fair)
+
+    def _take(self, tenant: str, images: int) -> None:
+        self._taken[tenant] += images
+        if not self._taken[tenant]:
+            del self._taken[tenant]
+        self._metrics.inflight_images.set(self.taken)
 
     def _count_waiting(self) -> None:
         self._metrics.queue_images.set(sum(len(item.pixels) for item in self._waiting))
@@ -224,8 +237,10 @@ def encode_each(encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) ->
     stands alone. Its neighbours never hear of it.
     """
     try:
-        features = encode(torch.cat(list(images)))
-        return [_usable(own) for own in torch.split(features, [len(pixels) for pixels in images])]
+        features, sizes = encode(torch.cat(list(images))), [len(pixels) for pixels in images]
+        with suppress(InvalidFeature):
+            return list(torch.split(checked_unit(features), sizes))
+        return [_usable(own) for own in torch.split(features, sizes)]
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the neighbours
         if len(images) > 1:
             logs.event(logs.BATCH_HALVED, images=len(images), reason=type(error).__name__)

@@ -62,7 +62,7 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
     check_count(len(call.images), rooms.settings)
     if call.views > rooms.settings.max_views:
         raise LimitExceeded(f"{call.views} views were asked for; at most {rooms.settings.max_views} are allowed.")
-    with rooms.batcher.admit(len(call.images) * call.views):
+    with rooms.batcher.admit(len(call.images) * call.views, tenant=call.tenant):
         await _check_tenant(rooms, call.tenant)
         encoded = await each([partial(_encode, rooms, call, image) for image in call.images], rooms, call.deadline)
         # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
@@ -88,10 +88,10 @@ async def _encode(rooms: Rooms, call: ClassifyCall, image: bytes | ImageFault | 
     timings: dict[str, float] = {}
     with rooms.metrics.stage("decode", timings):
         if isinstance(image, bytes):
-            developed = await rooms.darkroom.develop(image, views=call.views)
+            developed = await rooms.darkroom.develop(image, tenant=call.tenant, views=call.views)
         else:
             developed = await image.developed()
-    features = await rooms.batcher.encode(developed.pixels, deadline=call.deadline, timings=timings)
+    features = await rooms.batcher.encode(developed.pixels, tenant=call.tenant, deadline=call.deadline, timings=timings)
     question = Question(
         views=features, digest=developed.digest, learn=call.learn, explain=call.explain, top_k=call.top_k
     )

@@ -308,7 +308,7 @@ def read(path: Path) -> bytes | ImageFault:
 
 def call_size(settings: Settings, views: int = 1) -> int:
     """Return how many images to take at a time: no more than a call may hold, and the queue."""
-    return max(1, min(_CALL, settings.max_images, settings.queue_images // views))
+    return max(1, min(_CALL, settings.max_images, min(settings.queue_images, settings.tenant_queue_images) // views))
 
 
 def parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -80,7 +80,10 @@ class Settings(BaseSettings):
     max_slots: PositiveInt = Field(256, description="dynamic slots a class")
     tenant_max_bytes: PositiveInt = Field(512 * MIB, description="bytes of features and kept images a tenant")
 
-    queue_images: PositiveInt = Field(256, description="images times views in the server, waiting or at work")
+    queue_images: PositiveInt = Field(512, description="images times views in the server, waiting or at work")
+    tenant_queue_images: PositiveInt = Field(
+        256, description="of these, of one tenant; beside others no more than an equal share"
+    )
     batch_images: PositiveInt = Field(32, description="images times views an encode batch")
     batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
     decode_workers: PositiveInt = Field(min(8, os.cpu_count() or 1), description="threads that decode images")

@@ -236,7 +236,7 @@ async def _queries(
     for done, shot in enumerate(seen, 1):
         (image,) = await rooms.store.images(record.name, record.stamp, [shot])
         seed = int.from_bytes(hashlib.sha256(f"{recipe.seed}/{shot.id}".encode()).digest()[:8], "big")
-        features = None if image is None else await _crops(rooms, image, passes, seed)
+        features = None if image is None else await _crops(rooms, record.name, image, passes, seed)
         if features is not None:
             await rooms.worker.run(_put, table, place[shot.id], features)
         report(_READING * done / len(seen), {"phase": "reading", "shots": done})
@@ -247,29 +247,29 @@ def _put(table: Tensor, at: int, features: Tensor) -> None:
     table[:, at] = features.to(table)
 
 
-async def _crops(rooms: Rooms, image: bytes, count: int, seed: int) -> Tensor | None:
+async def _crops(rooms: Rooms, tenant: str, image: bytes, count: int, seed: int) -> Tensor | None:
     """Return the features (count, d) of random crops of an image; None if it cannot be read."""
     features: list[Tensor] = []
     try:
-        pixels = await rooms.darkroom.cut(image, count=count, seed=seed)
+        pixels = await rooms.darkroom.cut(image, tenant=tenant, count=count, seed=seed)
         spent = 0.0
         for view in pixels.split(1):
             # One at a time: a caller that comes meanwhile waits for one crop and no more.
             await _let_pass(rooms, spent)
             began = rooms.clock()
-            features.append(await _encoded(rooms, view))
+            features.append(await _encoded(rooms, tenant, view))
             spent = rooms.clock() - began
     except (ImageFault, Internal):
         return None
     return await rooms.worker.run(lambda: torch.cat(features))
 
 
-async def _encoded(rooms: Rooms, view: Tensor) -> Tensor:
+async def _encoded(rooms: Rooms, tenant: str, view: Tensor) -> Tensor:
     deadline = rooms.clock() + _PATIENCE_S
     while True:
         try:
-            with rooms.batcher.admit(1):
-                return await rooms.batcher.encode(view, deadline=deadline, timings={})
+            with rooms.batcher.admit(1, tenant=tenant):
+                return await rooms.batcher.encode(view, tenant=tenant, deadline=deadline, timings={})
         except QueueFull as full:
             if rooms.clock() > deadline:
                 raise

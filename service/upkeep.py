@@ -183,7 +183,7 @@ async def _read_all(rooms: Rooms, stored: StoredMemory, done: set[str], failed: 
     for start in range(0, len(blank), _SHOTS):
         part = blank[start : start + _SHOTS]
         images = await rooms.store.images(tenant, stamp, part)
-        read = [await _read(rooms, shot, image) for shot, image in zip(part, images, strict=True)]
+        read = [await _read(rooms, tenant, shot, image) for shot, image in zip(part, images, strict=True)]
         await rooms.store.add_shots(tenant, stamp, [shot for shot in read if shot is not None])
         await _drop(rooms, tenant)
         done |= {shot.id for shot in read if shot is not None}
@@ -191,16 +191,16 @@ async def _read_all(rooms: Rooms, stored: StoredMemory, done: set[str], failed: 
         report((len(done) + len(failed)) / total)
 
 
-async def _read(rooms: Rooms, shot: StoredShot, image: bytes | None) -> StoredShot | None:
+async def _read(rooms: Rooms, tenant: str, shot: StoredShot, image: bytes | None) -> StoredShot | None:
     """Return a shot with the feature that this encoder gives its image; None if the image cannot be read."""
     if image is None:
         return None
     deadline = rooms.clock() + _PATIENCE_S
     while True:
         try:
-            with rooms.batcher.admit(1):
-                developed = await rooms.darkroom.develop(image)
-                feature = await rooms.batcher.encode(developed.pixels, deadline=deadline, timings={})
+            with rooms.batcher.admit(1, tenant=tenant):
+                developed = await rooms.darkroom.develop(image, tenant=tenant)
+                feature = await rooms.batcher.encode(developed.pixels, tenant=tenant, deadline=deadline, timings={})
                 return replace(shot, feature=await rooms.worker.run(encode_feature, feature[0]))
         except (ImageFault, Internal):  # or every try would end at this very image
             return None

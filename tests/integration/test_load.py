@@ -26,6 +26,7 @@ from tests.integration.conftest import (
     until,
 )
 
+_DECODED = "dmn_stage_duration_seconds_count", {"stage": "decode"}
 DECODED = 'dmn_stage_duration_seconds_count{stage="decode"}'
 WHITE = picture("white", 0)
 
@@ -136,6 +137,7 @@ async def test_a_full_server_refuses_at_once_with_nothing_decoded(build: Build) 
     encoder.shut()
     held = asyncio.create_task(house.classify(*[picture("red", seed) for seed in range(3)]))
     await encoder.reached()
+    await until(lambda: house.rooms.metrics.registry.get_sample_value(*_DECODED) == 3)
     seen = await house.metrics()
     for answer in (
         await soon(house.classify(picture("blue", 1), picture("blue", 2))),
@@ -334,8 +336,8 @@ async def test_a_client_may_leave_at_any_moment(build: Build, monkeypatch: pytes
         for _ in range(moments):
             await asyncio.sleep(0)
 
-    async def left_meanwhile(pixels: Tensor, *, deadline: float, timings: dict[str, float]) -> Tensor:
-        features = await encode(pixels, deadline=deadline, timings=timings)
+    async def left_meanwhile(pixels: Tensor, *, tenant: str, deadline: float, timings: dict[str, float]) -> Tensor:
+        features = await encode(pixels, tenant=tenant, deadline=deadline, timings=timings)
         call.gone.set()
         await later(moments)
         return features

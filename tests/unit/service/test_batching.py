@@ -69,7 +69,7 @@ class Device:
 class Shuttle:
     """A batcher over a device, with a clock that stands still until it is told."""
 
-    def __init__(self, *, batch: int = 4, queue: int = 64, wait_s: float = 0.0) -> None:
+    def __init__(self, *, batch: int = 4, queue: int = 64, tenant_images: int = 64, wait_s: float = 0.0) -> None:
         self.now = 0.0
         self.device, self.worker = Device(), Worker()
         self.encode: Callable[[Tensor], Tensor] = self.device
@@ -81,11 +81,14 @@ class Shuttle:
             lambda: self.now,
             batch_images=batch,
             queue_images=queue,
+            tenant_images=tenant_images,
             wait_s=wait_s,
         )
 
-    def send(self, value: int, views: int = 1, deadline: float = 1e9) -> asyncio.Task[Tensor]:
-        return asyncio.create_task(self.batcher.encode(image(value, views), deadline=deadline, timings={}))
+    def send(self, value: int, views: int = 1, deadline: float = 1e9, tenant: str = "a") -> asyncio.Task[Tensor]:
+        return asyncio.create_task(
+            self.batcher.encode(image(value, views), tenant=tenant, deadline=deadline, timings={})
+        )
 
     async def send_in_order(self, *values: int) -> list[asyncio.Task[Tensor]]:
         """Send images, and return when all of them stand in the queue."""
@@ -185,7 +188,7 @@ async def test_an_image_of_more_views_than_a_batch_still_goes(shuttle: Shuttle) 
 async def test_a_configured_wait_counts_from_the_first_image() -> None:
     shuttle = Shuttle(wait_s=1000.0)
     shuttle.batcher.start()
-    first = asyncio.create_task(shuttle.batcher.encode(image(99, views=4), deadline=1e9, timings={}))
+    first = asyncio.create_task(shuttle.batcher.encode(image(99, views=4), tenant="a", deadline=1e9, timings={}))
     shuttle.device.shut()
     await shuttle.device.at_work()
     early = await shuttle.send_in_order(1)
@@ -366,15 +369,39 @@ async def test_the_loop_outlives_an_encoder_that_returns_the_wrong_number_of_fea
     assert isinstance((await answers(shuttle.send(2)))[0], Tensor)
 
 
+# Fairness -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_flood_of_one_tenant_delays_an_image_of_another_by_one_batch_at_most(shuttle: Shuttle) -> None:
+    first = await hold(shuttle)
+    flood = [shuttle.send(value, tenant="flood") for value in range(1, 21)]
+    await settle()
+    other = shuttle.send(50, tenant="other")
+    await settle()
+    shuttle.device.gate.set()
+    await answers(first, *flood, other)
+    assert 50 in shuttle.device.batches[1]
+    assert [value for batch in shuttle.device.batches[1:] for value in batch if value != 50] == list(range(1, 21))
+
+
+async def test_tenants_share_a_batch_evenly_and_each_keeps_its_own_order(shuttle: Shuttle) -> None:
+    first = await hold(shuttle)
+    tasks = [shuttle.send(10 * tenant + value, tenant=str(tenant)) for tenant in (1, 2) for value in range(4)]
+    await settle()
+    shuttle.device.gate.set()
+    await answers(first, *tasks)
+    assert shuttle.device.batches[1:] == [[10, 20, 11, 21], [12, 22, 13, 23]]
+
+
 # Admission ------------------------------------------------------------------------------------------------------------
 
 
 def test_room_is_held_until_the_images_are_answered_however_they_end() -> None:
     shuttle = Shuttle(queue=4)
-    with shuttle.batcher.admit(3), shuttle.batcher.admit(1):
+    with shuttle.batcher.admit(3, tenant="a"), shuttle.batcher.admit(1, tenant="a"):
         assert shuttle.batcher.taken == 4
         assert shuttle.sample("dmn_inflight_images") == 4
-    with pytest.raises(KeyError), shuttle.batcher.admit(4):
+    with pytest.raises(KeyError), shuttle.batcher.admit(4, tenant="a"):
         raise KeyError
     assert shuttle.batcher.taken == 0
     assert shuttle.sample("dmn_inflight_images") == 0
@@ -385,21 +412,42 @@ def test_room_is_held_until_the_images_are_answered_however_they_end() -> None:
 def test_a_full_server_refuses_one_image_or_many_and_says_when_to_come_back(images: int) -> None:
     shuttle = Shuttle(queue=4)
     with ExitStack() as held:
-        held.enter_context(shuttle.batcher.admit(4))
-        with pytest.raises(QueueFull) as refused, shuttle.batcher.admit(images):
+        held.enter_context(shuttle.batcher.admit(4, tenant="a"))
+        with pytest.raises(QueueFull) as refused, shuttle.batcher.admit(images, tenant="a"):
             pass
         assert refused.value.retry_after_s is not None
         assert refused.value.retry_after_s >= 1
         assert shuttle.batcher.taken == 4
-    with shuttle.batcher.admit(4):
+    with shuttle.batcher.admit(4, tenant="a"):
         pass
     shuttle.worker.close()
 
 
 def test_a_call_that_can_never_fit_is_not_told_to_come_back() -> None:
     shuttle = Shuttle(queue=4)
-    with pytest.raises(InvalidRequest), shuttle.batcher.admit(5):
+    with pytest.raises(InvalidRequest), shuttle.batcher.admit(5, tenant="a"):
         pass
+    assert shuttle.batcher.taken == 0
+    shuttle.worker.close()
+
+
+def test_a_tenant_that_floods_leaves_room_for_any_other_that_comes() -> None:
+    shuttle = Shuttle(queue=12, tenant_images=8)
+    with ExitStack() as held:
+        for tenant, share in (("a", 8), ("b", 4)):
+            for _ in range(share):
+                held.enter_context(shuttle.batcher.admit(1, tenant=tenant))
+            with pytest.raises(QueueFull), shuttle.batcher.admit(1, tenant=tenant):
+                pass
+        with pytest.raises(QueueFull), shuttle.batcher.admit(1, tenant="c"):
+            pass
+    with ExitStack() as held:
+        for tenant, share in (("a", 4), ("b", 4), ("c", 3)):
+            held.enter_context(shuttle.batcher.admit(share, tenant=tenant))
+        for tenant in "ab":
+            with pytest.raises(QueueFull), shuttle.batcher.admit(1, tenant=tenant):
+                pass
+        held.enter_context(shuttle.batcher.admit(1, tenant="d"))
     assert shuttle.batcher.taken == 0
     shuttle.worker.close()
 
@@ -409,16 +457,16 @@ def test_a_server_that_is_about_to_leave_still_takes_images_until_it_drains(*, l
     shuttle = Shuttle()
     shuttle.batcher.leaving, shuttle.batcher.draining = leaving, draining
     if draining:
-        with pytest.raises(Draining), shuttle.batcher.admit(1):
+        with pytest.raises(Draining), shuttle.batcher.admit(1, tenant="a"):
             pass
     else:
-        with shuttle.batcher.admit(1):
+        with shuttle.batcher.admit(1, tenant="a"):
             assert shuttle.batcher.taken == 1
     shuttle.worker.close()
 
 
 async def test_the_time_to_come_back_is_what_is_in_the_server_over_the_measured_rate() -> None:
-    shuttle = Shuttle(batch=8, queue=1000)
+    shuttle = Shuttle(batch=8, queue=1000, tenant_images=1000)
     shuttle.batcher.start()
 
     def slow(pixels: Tensor) -> Tensor:
@@ -429,10 +477,10 @@ async def test_the_time_to_come_back_is_what_is_in_the_server_over_the_measured_
     assert shuttle.batcher.retry_after_s() == 1.0
     await answers(shuttle.send(1, views=8))
     for taken, seconds in ((2, 1.0), (20, 10.0), (21, 11.0), (500, 60.0)):
-        with shuttle.batcher.admit(taken):
+        with shuttle.batcher.admit(taken, tenant="a"):
             assert shuttle.batcher.retry_after_s() == seconds
     await answers(shuttle.send(1, views=4))
-    with shuttle.batcher.admit(36):
+    with shuttle.batcher.admit(36, tenant="a"):
         assert shuttle.batcher.retry_after_s() == 20.0, "0.8 of two a second, and 0.2 of one a second"
     await shuttle.aclose()
 
@@ -452,7 +500,7 @@ async def test_each_image_hears_how_long_it_waited_and_worked(shuttle: Shuttle) 
     first = await hold(shuttle)
     shuttle.now = 2.0
     timings: dict[str, float] = {}
-    second = asyncio.create_task(shuttle.batcher.encode(image(1), deadline=1e9, timings=timings))
+    second = asyncio.create_task(shuttle.batcher.encode(image(1), tenant="a", deadline=1e9, timings=timings))
     await settle()
     shuttle.now = 5.0
     shuttle.device.gate.set()

@@ -111,7 +111,7 @@ async def test_answers_come_from_the_offsets_as_soon_as_they_are_there(rooms: Ro
         head = project_text(hot.snapshot.text, projection)
         assert hot.nbytes > 4 * 5 * 3 * FakeEncoder.dim
     assert all(one.text.score != other.text.score for one, other in zip(before, after, strict=True))
-    feature = rooms.encoder.encode_images((await rooms.darkroom.develop(picture("red", 0))).pixels)
+    feature = rooms.encoder.encode_images((await rooms.darkroom.develop(picture("red", 0), tenant="zoo")).pixels)
     expected = text_scores(feature, head, rooms.encoder.logit_scale)[0].exp()
     assert after[0].text.score == pytest.approx(float(expected.max()), rel=1e-4, abs=1e-6)
 

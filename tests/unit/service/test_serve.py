@@ -89,7 +89,7 @@ async def test_told_to_stop_it_turns_readiness_off_before_it_refuses_work(rooms:
     assert rooms.batcher.leaving
     assert not rooms.batcher.draining
     assert not own.should_exit
-    with rooms.batcher.admit(1):
+    with rooms.batcher.admit(1, tenant="a"):
         pass
     rooms.batcher.leaving = False
 
@@ -101,7 +101,7 @@ async def test_after_the_delay_it_refuses_work_and_stops(rooms: Rooms) -> None:
         await asyncio.sleep(0)
     assert own.should_exit
     assert rooms.batcher.draining
-    with pytest.raises(Draining), rooms.batcher.admit(1):
+    with pytest.raises(Draining), rooms.batcher.admit(1, tenant="a"):
         pass
 
 

@@ -211,12 +211,12 @@ class Door:
         self.reached, self._open = asyncio.Event(), asyncio.Event()
         monkeypatch.setattr(upkeep, "_read", self)
 
-    async def __call__(self, rooms: Rooms, own: StoredShot, image: bytes | None) -> StoredShot | None:
+    async def __call__(self, rooms: Rooms, tenant: str, own: StoredShot, image: bytes | None) -> StoredShot | None:
         self._at -= 1
         if not self._at:
             self.reached.set()
             await self._open.wait()
-        return await self._real(rooms, own, image)
+        return await self._real(rooms, tenant, own, image)
 
     def open(self) -> None:
         self._open.set()
@@ -535,7 +535,7 @@ async def features(newer: Rooms, images: Sequence[bytes]) -> list[bytes]:
     """Return what the encoder makes of images, one at a time."""
     made = []
     for image in images:
-        developed = await newer.darkroom.develop(image)
+        developed = await newer.darkroom.develop(image, tenant="zoo")
         made.append(encode_feature(newer.encoder.encode_images(developed.pixels)[0]))
     return made
 
@@ -661,7 +661,7 @@ async def test_callers_come_before_it_when_the_server_is_full(
 ) -> None:
     monkeypatch.setattr(newer.batcher, "retry_after_s", lambda: 0.001)
     monkeypatch.setattr(adapt, "_SOON_S", 0.0)
-    with newer.batcher.admit(newer.settings.queue_images):
+    with newer.batcher.admit(newer.settings.tenant_queue_images, tenant="zoo"):
         job = await changed(house, newer, [shot(1)])
         assert job is not None
         await newer.jobs.wait(job.id, 0.01)
