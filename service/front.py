@@ -157,11 +157,11 @@ class Front:
             self._darkroom = Darkroom(how, limits, threads=threads)
             self._met.set()
 
-    async def _develop(self, image: Image, views: int) -> Developed:
+    async def _develop(self, image: Image, tenant: str, views: int) -> Developed:
         if isinstance(image, ImageFault):
             raise image
         if isinstance(image, bytes) and self._darkroom is not None:
-            return await self._darkroom.develop(image, views=views)
+            return await self._darkroom.develop(image, tenant=tenant, views=views)
         raise TypeError("An image is developed where its bytes are.")
 
     # The rest --------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from .images import Developed, ImageFault
 
 Image = bytes | ImageFault | Delivery
 
-Develop = Callable[[Image, int], Awaitable[Developed]]
+Develop = Callable[[Image, str, int], Awaitable[Developed]]
 """Makes of an image so many views, or raises why it cannot."""
 
 AGAIN_S = 0.05
@@ -53,6 +53,7 @@ def left_alone() -> QueueFull:
 class _Call:
     """A call that waits for its answer, and the images of it that are being made ready."""
 
+    tenant: str
     images: Sequence[Image]
     views: int
     answer: asyncio.Future[Frame] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -98,7 +99,8 @@ class Window:
         line, left_s = self._line, call.deadline - self._clock()
         if line is None:
             raise nobody_there()
-        id_, own, size = next(self._ids), _Call(images=call.images, views=call.views), len(call.images) * call.views
+        id_, size = next(self._ids), len(call.images) * call.views
+        own = _Call(tenant=call.tenant, images=call.images, views=call.views)
         self._calls[id_] = own
         self.load += size
         line.send(_told(call, key, digest) | {"do": "call", "id": id_, "left_s": left_s})
@@ -171,7 +173,7 @@ class Window:
         """Make an image ready and send it, or why it cannot be used."""
         head: dict[str, Any] = {"do": "image", "id": id_, "at": at}
         try:
-            developed = await self._develop(call.images[at], call.views)
+            developed = await self._develop(call.images[at], call.tenant, call.views)
         except ImageFault as fault:
             line.send(head | {"fault": fault.slug, "detail": str(fault)})
         except Exception as error:  # noqa: BLE001 - a fault of ours with one image is no fault of its neighbours
