@@ -28,11 +28,13 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m tests.bench.bench_serving
 	$(BIN)/python -m tests.bench.bench_encoder
 
-# Long runs: workers that converge, processes that are killed, a cluster that loses nodes.
+# Long runs: workers that converge, processes that are killed, a cluster that loses nodes,
+# and one whose memories come and go.
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak/convergence.py
 	$(BIN)/python tests/soak/kills.py
 	$(BIN)/python tests/soak/cluster.py
+	$(BIN)/python -m tests.soak.memory
 
 clean:
 	rm -rf $(VENV)

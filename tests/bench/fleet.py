@@ -26,6 +26,7 @@ from tests.bench.null import CLASSES
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
+_CORES = 2
 _PATIENCE_S = 180.0
 _SCRIPT = Path(__file__).with_name("post.lua")
 
@@ -72,7 +73,8 @@ def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Serv
     """Run a server on some cores, as `taskset -c` names them, with so many threads for torch; ends with the block."""
     port = _free_port()
     with TemporaryDirectory(prefix="dmn-bench-", ignore_cleanup_errors=True) as home:
-        command = ["taskset", "-c", cores, sys.executable, "-m", kind.module, *kind.arguments, "--port", str(port)]
+        held = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", cores]  # it ends with us, however we end
+        command = [*held, sys.executable, "-m", kind.module, *kind.arguments, "--port", str(port)]
         own = {"OMP_NUM_THREADS": str(threads), "DMN_DATA_DIR": f"{home}/data"}
         log = Path(home, "log")
         with log.open("wb") as said:
@@ -144,8 +146,10 @@ def missing() -> str | None:
     """Return why servers cannot be compared here; None if they can."""
     if shutil.which("wrk") is None:
         return "The load client wrk is not installed; it is a package of Debian and others: apt-get install wrk."
-    if shutil.which("taskset") is None or len(os.sched_getaffinity(0)) < 2:
-        return "Server and client each need a core of their own, and taskset to be held to it."
+    if shutil.which("taskset") is None or shutil.which("setpriv") is None:
+        return "Servers are held to their cores by taskset and setpriv, which are not installed (util-linux)."
+    if len(os.sched_getaffinity(0)) < _CORES:
+        return "Server and client each need a core of their own, and there is but one here."
     if find_spec("litserve") is None:
         return "LitServe is not installed; pip install 'dmn-clip-service[bench]'."
     return None
@@ -166,7 +170,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     """End a server, and what it started if that is still there."""
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
+        process.wait(_PATIENCE_S)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(20)
