@@ -61,11 +61,11 @@ _VERIFIED = 64
 class HotMemory:
     """One tenant's memory, ready to be read. `shelves` is touched in the worker alone.
 
-    `position` leads from class id to class position; `barred` are purged slots; `filled` are dynamic slots; `nbytes`
-    counts features and what is kept ready from them, `static_bytes` shots and offsets. `tally` is there with the method
-    `auto`. `unread` shots wait for this encoder to read their images. `due` says that these, or slots that were scored
-    under other labels, come before the memory is what it should be. `away` says that the store could not be asked how
-    it stands.
+    `names` are those of the classes, and `position` leads from class id to their position; `barred` are purged slots;
+    `filled` are dynamic slots and `shots` those that have a feature; `nbytes` counts features and what is kept ready
+    from them, `static_bytes` shots and offsets. `tally` is there with the method `auto`. `unread` shots wait for this
+    encoder to read their images. `due` says that these, or slots that were scored under other labels, come before the
+    memory is what it should be. `away` says that the store could not be asked how it stands.
     """
 
     record: TenantRecord
@@ -74,7 +74,9 @@ class HotMemory:
     synced_at: float
     verified_at: float
     static_bytes: int
+    names: tuple[str, ...]
     position: dict[str, int]
+    shots: int = 0
     barred: frozenset[tuple[str, str]] = frozenset()
     unread: int = 0
     due: bool = False
@@ -98,11 +100,10 @@ class HotMemory:
         """The memory as it is now."""
         return self.shelves.snapshot
 
-    def measure(self) -> None:
-        """Count what is held; after each change, in the worker, so that nobody counts on the way of a request."""
-        dynamic, static = self.snapshot.dynamic.classes, self.snapshot.static.classes
-        features = sum(bank.keys.nbytes for bank in dynamic) + sum(bank.keys.nbytes for bank in static)
-        self.filled = sum(len(bank) for bank in dynamic)
+    def measure(self, filled: int) -> None:
+        """Count what is held, with so many dynamic slots filled; after each change, in the worker."""
+        features = (filled + self.shots) * FEATURE_BYTES * self.snapshot.text.shape[-1]
+        self.filled = filled
         self.nbytes = self.shelves.nbytes + self.snapshot.text.nbytes + features
         if self.tally is not None and self.snapshot.adaptation is not None:
             self.nbytes += self.tally.nbytes + self.snapshot.adaptation.nbytes
@@ -362,14 +363,16 @@ class Archive:
             unread=unread,
             due=unread > 0 or stored.record.labelling != stored.record.due_labelling,
             static_bytes=static_bytes(stored),
+            names=tuple(spec.name for spec in config.classes),
             position={spec.id: i for i, spec in enumerate(config.classes)},
+            shots=sum(len(own) for own in stored.shots.values()) - unread,
             barred=stored.barred,
         )
         if config.method == "auto":
             ids = [spec.id for spec in config.classes]
             own = self._counters.pop(tenant, None)
             hot.tally = await self._worker.run(begin, tenant, ids, stored.counts, text, loaded_at, own)
-        await self._worker.run(hot.measure)
+        await self._worker.run(hot.measure, sum(len(bank) for bank in shelves.snapshot.dynamic.classes))
         return hot
 
     def _forget(self, tenant: str) -> None:
@@ -530,11 +533,14 @@ def _apply(hot: HotMemory, changes: Sequence[Change]) -> None:
         own[change.slot.id] = change.slot
         if change.evicted is not None:
             own[change.evicted] = None
+    filled = hot.filled
     for index, own in touched.items():
+        filled -= len(classes[index])
         classes[index] = _rewrite(classes[index], own, dim)
+        filled += len(classes[index])
     memory = DynamicMemory(classes=tuple(classes), slots=snapshot.dynamic.slots)
     hot.shelves.advance(replace(snapshot, dynamic=memory))
-    hot.measure()
+    hot.measure(filled)
 
 
 def _recount(hot: HotMemory) -> None:
@@ -542,7 +548,7 @@ def _recount(hot: HotMemory) -> None:
     snapshot = hot.snapshot
     if hot.tally is not None and snapshot.adaptation is not None:
         hot.shelves.advance(replace(snapshot, adaptation=snapshot.adaptation.known(hot.tally.total, anew=True)))
-        hot.measure()
+        hot.measure(hot.filled)
 
 
 def _rewrite(bank: Slots, own: dict[str, StoredSlot | None], dim: int) -> Slots:

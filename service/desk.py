@@ -362,7 +362,7 @@ def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple
         for q, count in zip(questions, _to_count(hot, questions), strict=True)
     ]
     answers = classify(hot.shelves, samples, _may_store(hot, room))
-    names = [spec.name for spec in hot.config.classes]
+    names = hot.names
     likeliest = _choices(names, *answers.fused.topk(min(len(names), max(question.top_k for question in questions))))
     firsts = _firsts(names, answers)
     said = [
@@ -465,7 +465,7 @@ def _learned(
     sample = write.candidate
     return Learned(
         outcome=outcome,
-        label=hot.config.classes[sample.label].name,
+        label=hot.names[sample.label],
         entropy=sample.entropy,
         slot=str(sample.id) if outcome in _HELD else None,
         evicted=None if verdict is None else verdict.evicted,
@@ -475,7 +475,7 @@ def _learned(
 def _explain(hot: HotMemory, x: Tensor, memory: DynamicMemory) -> Explanation:
     """Return the slots and shots of highest affinity, Eq. (9), among those that the memory holds."""
     snapshot = hot.snapshot
-    names = [spec.name for spec in hot.config.classes]
+    names = hot.names
     query = project_query(x, snapshot.projection)[0]
 
     def strongest(banks: Sequence[Slots | Shots]) -> list[tuple[int, int, float]]:
