@@ -113,6 +113,8 @@ class _Counter:
             elif kind == "ask":
                 health.measure(self._rooms)
                 line.send((await health.ready(self._rooms, Response())).model_dump())
+            while await line.receive() is not None:
+                pass  # who hangs up on what it has not read takes back what it has just said
         finally:
             line.close()
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -146,6 +147,9 @@ def room(lifeline: int) -> None:
             raise
         line.failed(str(error))
         sys.exit(WRONG_INPUT)
+    finally:
+        if line.alone:  # who would have cleaned up was killed
+            shutil.rmtree(Path(plan.hatches[0]).parent, ignore_errors=True)
 
 
 @app.command()

@@ -58,11 +58,11 @@ def plan_of(line: bytes) -> Plan:
 
 
 class Lifeline:
-    """The started process's end; `told` says whether it has said that it serves."""
+    """The started process's end; `told` says whether it has said that it serves, `alone` that nobody is left."""
 
     def __init__(self, file: int) -> None:
         self._socket = socket.socket(fileno=file)
-        self.told = False
+        self.told = self.alone = False
 
     def plan(self) -> Plan:
         """Return what this process is to be.
@@ -90,6 +90,7 @@ class Lifeline:
         self._socket.setblocking(False)  # noqa: FBT003 - its only argument
         with suppress(OSError):
             await asyncio.get_running_loop().sock_recv(self._socket, 1)
+        self.alone = True
         stop()
 
     def _tell(self, what: Mapping[str, Any]) -> None:

@@ -20,8 +20,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from . import logs
 from .door import Address, announce
 from .lifeline import Plan
 from .settings import Settings
-from .stores.embedded import settled
+from .stores.embedded import embedded_server, settled
 
 COMMAND = "room"
 """The command that a process of the service runs."""
@@ -59,6 +59,7 @@ def keep(settings: Settings, console: Console) -> int:
 
     Raises:
         ValueError: the settings do not fit several processes.
+        StoreDown: the embedded store does not start.
         OSError: the address cannot be listened on, or a process cannot start; says why.
     """
     settings = settled(settings)
@@ -76,22 +77,38 @@ async def _keep(steward: Steward, console: Console) -> int:
     told: asyncio.Queue[int] = asyncio.Queue()
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, told.put_nowait, number)
-    stop = asyncio.create_task(told.get())
-    try:
-        with console.status(f"Loading the encoder {steward.settings.encoder} …"):
-            opening = asyncio.create_task(steward.open())
-            await asyncio.wait((opening, stop), return_when=asyncio.FIRST_COMPLETED)
-        if not opening.done():
-            opening.cancel()
-            return 128 + stop.result()
-        announce(console, steward.settings, encoder=opening.result(), address=steward.address)
-        await stop
-    finally:
-        hurry = asyncio.create_task(_hurry(steward, told))
-        stop.cancel()
-        await steward.close()
-        hurry.cancel()
+    async with _store_held(steward.settings):
+        stop = asyncio.create_task(told.get())
+        try:
+            with console.status(f"Loading the encoder {steward.settings.encoder} …"):
+                opening = asyncio.create_task(steward.open())
+                await asyncio.wait((opening, stop), return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                opening.cancel()
+                return 128 + stop.result()
+            announce(console, steward.settings, encoder=opening.result(), address=steward.address)
+            await stop
+        finally:
+            stop.cancel()
+            hurry = asyncio.create_task(_hurry(steward, told))
+            await steward.close()
+            hurry.cancel()
     return steward.status
+
+
+@asynccontextmanager
+async def _store_held(settings: Settings) -> AsyncIterator[None]:
+    """Hold the embedded store in use, if that is the store: it must not outlive worker processes that were killed.
+
+    Raises:
+        StoreDown: it does not start.
+    """
+    if settings.store != "embedded":
+        yield
+        return
+    server = embedded_server(settings.data_dir, settings.embedded_binary, fsync=settings.embedded_fsync)
+    async with server.running():
+        yield
 
 
 async def _hurry(steward: Steward, told: asyncio.Queue[int]) -> None:
@@ -126,7 +143,7 @@ class Steward:
         self.settings, self._devices, self._folder, self._door = settings, devices, folder, door
         self.address: Address = door.getsockname()[:2]
         self.status = 0
-        self._leaving = False
+        self._opened = self._leaving = False
         self._fronts: list[_Child] = []
         self._backs: list[_Child] = []
 
@@ -157,16 +174,16 @@ class Steward:
         for child in children:
             child.task = asyncio.create_task(self._mind(child), name=f"dmn-{child.plan.name}")
         told = await asyncio.gather(*(child.ready for child in children))
+        self._opened = True
         return str(told[0]["encoder"])
 
     async def close(self) -> None:
         """End the fronts, which answer what they have, and then the backs, which write what they hold."""
         self._leaving = True
         settings = self.settings
-        served = all(child.ready.done() for child in self._fronts)
         await self._end(
             self._fronts,
-            signal.SIGTERM if served else signal.SIGKILL,
+            signal.SIGTERM if self._opened else signal.SIGKILL,  # nobody has been told where they are
             settings.drain_delay_s + settings.drain_timeout_s + _MARGIN_S,
         )
         await self._end(self._backs, signal.SIGTERM, settings.drain_timeout_s + _MARGIN_S)
@@ -241,7 +258,7 @@ class Steward:
         told = json.loads(line) if line else {}
         child.why = told.get("failed", "")
         if "ready" in told:
-            logs.event(logs.PROCESS_STARTED, process=child.plan.name)
+            logs.event(logs.PROCESS_STARTED, process=child.plan.name, pid=child.process.pid if child.process else None)
             if not child.ready.done():
                 child.ready.set_result(told["ready"])
 
