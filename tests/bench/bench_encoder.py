@@ -5,8 +5,8 @@
 An encoder is `lite`, `MODEL@FILE`, or the name of one of open_clip's models, which then gets random weights: they cost
 as much time as trained ones, and nothing has to be fetched. Each request is one JPEG of 227 x 227 pixels. Servers and
 client share all cores; the client needs next to nothing of them. All run at once and are loaded in turns, by 8 and by
-64 clients that ask again at once; the figures are medians over the rounds. The encoder alone encodes pixels that stand
-ready, in batches as large as those that `dmn serve` made on average, rounded. Asserts nothing.
+64 clients that ask again at once; figures and ratios are medians over the rounds. The encoder alone encodes pixels that
+stand ready, in batches as large as those that `dmn serve` made on average, rounded. Asserts nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from service.bench.load import Client, saturate
 from service.bench.photos import photo
 from service.bench.telling import stamp
-from tests.bench.fleet import Server, clean_environment, medians, missing, ours, peer, running, settings_of
+from tests.bench.fleet import Server, clean_environment, medians, missing, ours, peer, ratio, running, settings_of
 
 FEW, MANY = 8, 64
 _SIDE = 227
@@ -87,8 +87,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             return told
 
         turn(options.seconds / 3)  # memories fill, and what is set up lazily is set up
-        figures = medians([turn(options.seconds) for _ in range(options.rounds)])
-    return {"encoder": options.encoder, "figures": figures, "ratios": _ratios(figures)}
+        rounds = [turn(options.seconds) for _ in range(options.rounds)]
+    return {"encoder": options.encoder, "figures": medians(rounds), "ratios": _ratios(rounds)}
 
 
 def named(encoder: str, folder: Path) -> str:
@@ -111,9 +111,9 @@ def table(told: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"{name}: {ratio}" for name, ratio in told["ratios"].items())])
 
 
-def _ratios(figures: dict[str, dict[str, float]]) -> dict[str, float]:
-    def over(one: str, other: str, what: str = "per_second") -> float:
-        return round(figures[one][what] / figures[other][what], 3)
+def _ratios(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, float]:
+    def over(one: str, other: str, figure: str = "per_second") -> float:
+        return ratio(rounds, one, other, figure)
 
     few, many = f"dmn, {FEW}", f"dmn, {MANY}"
     return {

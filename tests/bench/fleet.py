@@ -27,6 +27,7 @@ from tests.bench.null import CLASSES
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 _CORES = 2
+_COMPARED = 50
 _PATIENCE_S = 180.0
 _SCRIPT = Path(__file__).with_name("post.lua")
 
@@ -98,11 +99,11 @@ def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Serv
 
 
 def loaded(
-    server: Server, images: Path, *, cores: str, connections: int, seconds: float, form: str
+    server: Server, images: Path, *, cores: str, connections: int, seconds: float, form: str, start: int
 ) -> dict[str, float]:
-    """Return what `wrk` says of a server that it posts a list of images to, over so many connections."""
+    """Return what `wrk` says of a server that it posts images of a list to, from `start` on, over so many connections."""
     command = ["taskset", "-c", cores, "wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
-    command += ["-s", str(_SCRIPT), f"{server.url}/classify", "--", str(images), form]
+    command += ["-s", str(_SCRIPT), f"{server.url}/classify", "--", str(images), form, str(start)]
     told = subprocess.run(command, check=True, capture_output=True, text=True)
     figures = json.loads(told.stdout.strip().splitlines()[-1])
     return {
@@ -110,6 +111,7 @@ def loaded(
         "p50_ms": figures["p50_ms"],
         "p99_ms": figures["p99_ms"],
         "failed": figures["failed"],
+        "requests": figures["requests"],
     }
 
 
@@ -129,6 +131,26 @@ def medians(rounds: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str
         case: {name: round(statistics.median(one[case][name] for one in rounds), 3) for name in figures}
         for case, figures in rounds[0].items()
     }
+
+
+def ratio(rounds: Sequence[dict[str, dict[str, float]]], one: str, other: str, figure: str) -> float:
+    """Return the median over the rounds of one case's figure over another's."""
+    return round(statistics.median(told[one][figure] / told[other][figure] for told in rounds), 3)
+
+
+def agreement(servers: Sequence[Server], images: Path) -> dict[str, float]:
+    """Return for each server on how many of some images its text head names the class that the first one's names."""
+    bodies = [Path(name).read_bytes() for name in images.read_text().split()[:_COMPARED]]
+    told = {server.name: [_text_label(server, body) for body in bodies] for server in servers}
+    first = told[servers[0].name]
+    return {name: sum(a == b for a, b in zip(first, labels, strict=True)) / len(first) for name, labels in told.items()}
+
+
+def _text_label(server: Server, body: bytes) -> str:
+    told = httpx.post(
+        f"{server.url}/classify", params={"learn": "false"}, content=body, headers={"Content-Type": "image/jpeg"}
+    )
+    return str(told.raise_for_status().json()["predictions"][0]["readouts"]["text"]["label"])
 
 
 def settings_of(given: Sequence[str]) -> dict[str, str]:

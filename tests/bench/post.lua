@@ -1,5 +1,5 @@
 -- wrk: post the files of a list, one after the other, raw or as multipart; at the end one line of JSON.
--- Arguments after `--`: the file that lists the images, and `raw` or `multipart`.
+-- Arguments after `--`: the file that lists the images, `raw` or `multipart`, and how many of the list to skip at first.
 
 local requests, at, BOUNDARY = {}, 0, "----bench-7d1f3c"
 
@@ -16,6 +16,7 @@ local function multipart(data)
 end
 
 function init(args)
+  at = tonumber(args[3])
   local form = args[2] == "multipart"
   local kind = form and "multipart/form-data; boundary=" .. BOUNDARY or "image/jpeg"
   for path in io.lines(args[1]) do
