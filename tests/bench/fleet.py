@@ -101,7 +101,7 @@ def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Serv
 def loaded(
     server: Server, images: Path, *, cores: str, connections: int, seconds: float, form: str, start: int
 ) -> dict[str, float]:
-    """Return what `wrk` says of a server that it posts images of a list to, from `start` on, over so many connections."""
+    """Return what `wrk` says of a server that it posts a list of images to, from `start` on."""
     command = ["taskset", "-c", cores, "wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
     command += ["-s", str(_SCRIPT), f"{server.url}/classify", "--", str(images), form, str(start)]
     told = subprocess.run(command, check=True, capture_output=True, text=True)
