@@ -16,11 +16,12 @@ answer changes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from .frozen import Frozen, as_statistics, trust
@@ -47,6 +48,7 @@ _PATIENCE = 32
 FULL = 1 << 23
 """Images after which no more are counted: float32 sums would soon not feel one more."""
 
+_AT_ONCE = 1 << 13
 _NEGLIGIBLE = 1e-4
 _AGREED = 1e-3
 _LEAST, _MOST = -2.0, 2.0
@@ -150,19 +152,23 @@ def adapt(
 
     `text` are log probabilities of the text head, `frozen` the scores of the frozen branches, Eq. (17).
     """
-    fresh = torch.tensor(count, device=x.device) & (adaptation.statistics.images < FULL)
+    known = int(adaptation.statistics.images)
+    fresh = [own and known < FULL for own in count]
     responsible = _responsible(frozen)
     reference = frozen * adaptation.frozen.sharpness if adaptation.frozen.held_out else text
-    now, new, read = adaptation, Statistics.zeros(*adaptation.text.shape, device=x.device), []
-    for part in _parts(adaptation, fresh):
+    now, new, read = adaptation, None, []
+    for part in _parts(known, adaptation.made_at, fresh):
         z = _read(now.directions, x[part], responsible[part])
-        level = _level(text[part] + now.directions.weight * z, reference[part])
-        read.append(((now.tau * z).softmax(-1), (level * torch.tensor(-now.directions.temperature).exp()).softmax(-1)))
-        if fresh[part].any():
-            new = new + _count(x[part], responsible[part], level, reference[part], fresh[part])
+        level = _level(torch.add(text[part], z, alpha=now.directions.weight), reference[part])
+        warm = level * math.exp(-now.directions.temperature)
+        read.append(((now.tau * z).softmax(-1), warm.softmax(-1)))
+        if any(fresh[part]):
+            more = _count(x[part], responsible[part], level, reference[part], fresh[part])
+            new = more if new is None else new + more
             now = now.known(adaptation.statistics + new)
-    alone, fused = (torch.cat(rows) for rows in zip(*read, strict=True))
-    return Adapted(statistics=alone, fused=fused, counted=new, adaptation=now)
+    alone, fused = read[0] if len(read) == 1 else (torch.cat(rows) for rows in zip(*read, strict=True))
+    none = Statistics.zeros(*adaptation.text.shape, device=x.device) if new is None else new
+    return Adapted(statistics=alone, fused=fused, counted=none, adaptation=now)
 
 
 def temperature(statistics: Statistics) -> float:
@@ -199,9 +205,8 @@ def _read(made: Directions, x: Float[Tensor, "n d"], responsible: Float[Tensor, 
     v = x - made.centre
     own = ((v @ made.precision) * v).sum(-1)
     along, share = v @ made.directions.T, OWN * responsible
-    with_own = along + share * own[:, None]
-    squares = made.squares + 2.0 * share * along + share.square() * own[:, None]
-    return cosines(with_own, squares, own)
+    with_own = torch.addcmul(along, share, own[:, None])
+    return cosines(with_own, torch.addcmul(made.squares, share, along + with_own), own)
 
 
 def _level(logits: Float[Tensor, "n c"], reference: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
@@ -215,21 +220,32 @@ def _count(
     responsible: Float[Tensor, "n c"],
     level: Float[Tensor, "n c"],
     reference: Float[Tensor, "n c"],
-    fresh: Bool[Tensor, " n"],
+    fresh: Sequence[bool],
 ) -> Statistics:
-    sure, first = reference[fresh].softmax(-1).max(-1)
-    agreed = []
-    for step in torch.linspace(_LEAST, _MOST, TEMPERATURES):
-        p = (level[fresh] / step.exp()).softmax(-1)
-        # Both: where much is changed, the first alone would make answers too sure, and the other too unsure.
-        agreed.append((p.gather(1, first[:, None])[:, 0] + p.amax(-1)) / 2.0)
-    return counted(x[fresh], responsible[fresh], torch.stack(agreed, -1), sure)
+    if not all(fresh):
+        rows = torch.tensor(fresh, device=x.device)
+        x, responsible, level, reference = x[rows], responsible[rows], level[rows], reference[rows]
+    sure, first = reference.softmax(-1).max(-1)
+    return counted(x, responsible, _agreed(level, first), sure)
 
 
-def _parts(adaptation: Adaptation, fresh: Bool[Tensor, " n"]) -> Iterator[slice]:
-    """Yield stretches of images, each up to one after which directions are made anew."""
-    known, made_at, start = int(adaptation.statistics.images), adaptation.made_at, 0
-    for at, counts in enumerate(fresh.tolist(), 1):
+def _agreed(level: Float[Tensor, "n c"], first: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
+    """Return the mean of two probabilities, that of a given class and the largest, under each temperature.
+
+    Of both: where much is changed, the first alone would make answers too sure, and the other too unsure.
+    """
+    below = level - level.amax(-1, keepdim=True)
+    sharpness = torch.linspace(-_LEAST, -_MOST, TEMPERATURES, device=level.device).exp()[:, None]
+    some = max(1, _AT_ONCE // level.shape[1])
+    totals = torch.cat([(sharpness * part[:, None]).exp().sum(-1) for part in below.split(some)])
+    given = (sharpness.T * below.gather(1, first[:, None])).exp()
+    return (given + 1.0) / (2.0 * totals)
+
+
+def _parts(known: int, made_at: int, fresh: Sequence[bool]) -> Iterator[slice]:
+    """Yield stretches of images, each up to one after which directions are made anew; `known` were counted before."""
+    start = 0
+    for at, counts in enumerate(fresh, 1):
         known += counts
         if counts and known >= _next(made_at):
             yield slice(start, at)

@@ -96,9 +96,13 @@ def _bytes(key: Float[Tensor, " d"]) -> bytes:
 
 
 def _put(own: Slots, slot: int, candidate: Candidate) -> Slots:
-    key = candidate.key.to(own.keys)[None]
+    if slot == len(own):
+        keys = torch.cat((own.keys, candidate.key.to(own.keys)[None]))
+    else:
+        keys = own.keys.clone()
+        keys[slot] = candidate.key
     return Slots(
-        keys=torch.cat((own.keys[:slot], key, own.keys[slot + 1 :])),
+        keys=keys,
         entropies=(*own.entropies[:slot], candidate.entropy, *own.entropies[slot + 1 :]),
         ids=(*own.ids[:slot], candidate.id, *own.ids[slot + 1 :]),
     )

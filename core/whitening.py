@@ -32,9 +32,13 @@ def cosines(
     onto: Float[Tensor, "n c"], squares: Float[Tensor, " c"] | Float[Tensor, "n c"], own: Float[Tensor, " n"]
 ) -> Float[Tensor, "n c"]:
     """Return A' P v / sqrt(A' P A  v' P v) from the three products; 0 where A or v has no length."""
-    there = (squares > _NOTHING) & (own[:, None] > _NOTHING)
-    lengths = squares.clamp_min(_NOTHING).sqrt() * own[:, None].clamp_min(_NOTHING).sqrt()
-    return torch.where(there, onto / lengths, 0.0)
+    over = _over(squares) * _over(own)[:, None]
+    return onto * over
+
+
+def _over(squares: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Return 1 / sqrt of squared lengths, and 0 of those that are nothing."""
+    return squares.rsqrt().masked_fill(squares <= _NOTHING, 0.0)
 
 
 def _factor(shape: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
