@@ -37,17 +37,21 @@ class Bank:
     keys: Float[Tensor, "c s d"]
     occupied: Bool[Tensor, "c s"]
 
+    @staticmethod
+    def empty(filled: Sequence[int], like: Float[Tensor, "_ d"], width: int | None = None) -> Bank:
+        """Return a bank of zeros, float32, whose first slots are to be filled, so many of each class."""
+        wide = max(filled) if width is None else width
+        keys = like.new_zeros((len(filled), wide, like.shape[-1]), dtype=torch.float32)
+        told = torch.tensor(filled, device=like.device)
+        return Bank(keys=keys, occupied=torch.arange(wide, device=like.device) < told[:, None])
+
 
 def pack(rows: Sequence[Float[Tensor, "_ d"]], *, width: int | None = None) -> Bank:
     """Return one bank with `rows[c]` in the first slots of class c, as float32.
 
     `width` slots a class, at least as many as the longest row; the rest stays empty.
     """
-    longest = max(len(row) for row in rows)
-    wide = longest if width is None else width
-    keys = rows[0].new_empty((len(rows), wide, rows[0].shape[-1]), dtype=torch.float32)
-    for own, row in zip(keys, rows, strict=True):
-        own[: len(row)] = row
-        own[len(row) :] = 0.0
-    filled = torch.tensor([len(row) for row in rows], device=keys.device)
-    return Bank(keys=keys, occupied=torch.arange(wide, device=keys.device) < filled[:, None])
+    bank = Bank.empty([len(row) for row in rows], rows[0], width)
+    for keys, row in zip(bank.keys, rows, strict=True):
+        keys[: len(row)] = row
+    return bank

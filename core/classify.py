@@ -82,14 +82,15 @@ def classify(
     memory that its write would have given (a virtual insert).
     """
     snapshot = shelves.snapshot
-    x = torch.stack([sample.views[0] for sample in samples])
-    text, frozen = _view_scores(snapshot, samples)
-    labelling = [confident_mean(scores.softmax(-1)) for scores in frozen]
-    candidates = _candidates(samples, torch.stack(labelling))
+    views = torch.cat([sample.views for sample in samples])
+    counts = [len(sample.views) for sample in samples]
+    text, frozen = label_scores(snapshot, views)
+    x, plain = _firsts(views, counts), _firsts(text, counts).to(views.dtype)
+    first = plain if frozen is text else _firsts(frozen, counts).to(views.dtype)
+    candidates = _candidates(samples, x, _sure(frozen.softmax(-1), counts))
     writes, learned, seen, reads = _decide(snapshot.dynamic, samples, candidates, may_store)
     dynamic, static = shelves.scores(x)
     _patch(shelves, dynamic, x, reads)
-    plain, first = (torch.stack([scores[0] for scores in views]).to(dynamic.dtype) for views in (text, frozen))
     p, dynamic = plain.exp(), dynamic.softmax(-1)
     static = None if static is None else static.softmax(-1)
     adapted = None
@@ -138,21 +139,22 @@ def label_scores(
     return text, text if snapshot.adaptation is None else snapshot.adaptation.frozen.scores(text, features)
 
 
-def _view_scores(
-    snapshot: Snapshot, samples: Sequence[Sample]
-) -> tuple[tuple[Float64[Tensor, "_ c"], ...], tuple[Float64[Tensor, "_ c"], ...]]:
-    """Return the text head's log probabilities, and the scores that label, of every view of every image."""
-    text, frozen = label_scores(snapshot, torch.cat([sample.views for sample in samples]))
-    views = [len(sample.views) for sample in samples]
-    return torch.split(text, views), torch.split(frozen, views)
+def _sure(p: Float[Tensor, "v c"], counts: Sequence[int]) -> Float[Tensor, "n c"]:
+    """Return the mean probabilities of each image's surest views, for so many views an image."""
+    return p if len(p) == len(counts) else torch.stack([confident_mean(own) for own in p.split(list(counts))])
 
 
-def _candidates(samples: Sequence[Sample], sure: Float[Tensor, "n c"]) -> list[Candidate]:
+def _firsts(rows: Float[Tensor, "v k"], counts: Sequence[int]) -> Float[Tensor, "n k"]:
+    """Return the row of each image's first view, for so many views an image."""
+    return rows if len(rows) == len(counts) else torch.stack([own[0] for own in rows.split(list(counts))])
+
+
+def _candidates(samples: Sequence[Sample], x: Float[Tensor, "n d"], sure: Float[Tensor, "n c"]) -> list[Candidate]:
     """Return the images as the memory meets them, Eq. (4): label and entropy of the sure views, feature of view 1."""
     labels, entropies = sure.argmax(-1).tolist(), entropy(sure).tolist()
     return [
-        Candidate(label=label, key=sample.views[0], entropy=nats, id=sample.id)
-        for sample, label, nats in zip(samples, labels, entropies, strict=True)
+        Candidate(label=label, key=key, entropy=nats, id=sample.id)
+        for sample, key, label, nats in zip(samples, x.unbind(), labels, entropies, strict=True)
     ]
 
 
@@ -195,5 +197,9 @@ def _patch(
     reads: dict[tuple[int, int], tuple[Slots, list[int]]],
 ) -> None:
     """Overwrite the scores of the images that see other slots than those on the shelves."""
-    for (label, _), (slots, images) in reads.items():
-        dynamic[images, label] = shelves.patch(label, slots, x[images])
+    if not reads:
+        return
+    patched = shelves.patched([(label, slots) for (label, _), (slots, _) in reads.items()], x)
+    at = [(i, place, label) for place, ((label, _), (_, images)) in enumerate(reads.items()) for i in images]
+    images, places, labels = torch.tensor(at, device=x.device).T
+    dynamic[images, labels] = patched[images, places]

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from .bank import Bank, pack
 from .projection import Projection, project_query, project_text
-from .readout import prepare, scores
+from .readout import barrier, prepare, scores
 from .snapshot import Snapshot
 
 
@@ -79,9 +79,9 @@ def branch_scores(
     lesson: Lesson, projection: Projection, x: Float[Tensor, "n d"], ranks: Int[Tensor, " n"] | None = None
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"]]:
     """Return the text scores, Eq. (14), and the static scores, Eq. (7) to (11) and (13), of queries; see `loss`."""
-    mask = lesson.bank.occupied if ranks is None else _without(lesson, ranks)
+    mask = lesson.bank.occupied[:, None] if ranks is None else _without(lesson, ranks).transpose(0, 1)
     prepared, query = prepare(lesson.bank, projection), project_query(x, projection)
-    static = scores(prepared, {"static": mask}, x, query, beta=lesson.beta, tau=lesson.tau)["static"]
+    static = scores(prepared, barrier(mask)[:, None], x, query, beta=lesson.beta, tau=lesson.tau)[0]
     return lesson.tau * x @ project_text(lesson.text, projection).T, static
 
 

@@ -5,13 +5,15 @@ score only through its products with x and with itself, so with the class Gram m
 
     a = sum_m w_m v_m,   a . x = w . (V x),   |a|^2 = w' G w,   a . b_o = w . (V b_o),
 
-and a bank is read once. Where no projection is trained, V = K and V x is the similarity itself.
+and a bank is read once. What Eq. (8) does to a slot is done to its products, so that there is one bank for keys and
+values, as it is stored:
+
+    k_m . q = (m . q + b_k . q) / |m + b_k|,   v_m . x = (m . x + b_v . x) / |m + b_v|.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,90 +21,153 @@ from torch import Tensor
 
 from .bank import Bank
 from .numerics import SHARPEST
-from .projection import Projection, project_slots
+from .projection import Projection
 
 _TINY = 1e-20
+_FEW = 3
+_AT_ONCE = 1 << 17
+"""Affinities that a CPU works on at a time: what is made of them stays in a core's cache."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turned:
+    """What a readout needs of trained offsets: b_k, b_v and b_o, 1 / |m + b_v|, and v_m . b_o."""
+
+    key: Float[Tensor, "c d"]
+    value: Float[Tensor, "c d"]
+    output: Float[Tensor, "c d"]
+    value_scale: Float[Tensor, "c s"]
+    onto_output: Float[Tensor, "c s"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prepared:
-    """A bank made ready to be read: projected keys and values, and what Eq. (10) needs of them.
+    """A bank made ready to be read: its slots, 1 / |m + b_k|, and the Gram matrices of the values."""
 
-    `values` is the very tensor `keys`, `onto_output` and `output` are None, where nothing is projected.
-    """
-
-    keys: Float[Tensor, "c s d"]
-    values: Float[Tensor, "c s d"]
+    slots: Float[Tensor, "c s d"]
+    scale: Float[Tensor, "c s"]
     gram: Float[Tensor, "c s s"]
-    onto_output: Float[Tensor, "c s"] | None
-    output: Float[Tensor, "c d"] | None
+    turned: Turned | None = None
+
+    def of(self, classes: slice) -> Prepared:
+        """Return a stretch of the classes."""
+        turned = self.turned and Turned(**{f.name: getattr(self.turned, f.name)[classes] for f in fields(Turned)})
+        return Prepared(slots=self.slots[classes], scale=self.scale[classes], gram=self.gram[classes], turned=turned)
 
 
 def prepare(bank: Bank, projection: Projection | None = None) -> Prepared:
-    """Return the bank with Eq. (8) applied; `projection` holds the rows of the bank's classes, in its order."""
+    """Return a bank with what Eq. (8) and (10) need; `projection` holds the rows of its classes, in its order."""
+    slots = bank.keys
+    gram = slots @ slots.mT
+    squares = gram.diagonal(dim1=1, dim2=2)
     if projection is None:
-        keys = project_slots(bank.keys, None)
-        return Prepared(keys=keys, values=keys, gram=keys @ keys.mT, onto_output=None, output=None)
-    values = project_slots(bank.keys, projection.value)
-    return Prepared(
-        keys=project_slots(bank.keys, projection.key),
-        values=values,
-        gram=values @ values.mT,
-        onto_output=(values @ projection.output[:, :, None])[..., 0],
-        output=projection.output,
+        scale = _over(squares)
+        return Prepared(slots=slots, scale=scale, gram=_scaled(gram, scale))
+    onto_key, onto_value, onto_output = (
+        (slots @ offset[:, :, None])[..., 0] for offset in (projection.key, projection.value, projection.output)
     )
+    key, value = (offset.square().sum(-1, keepdim=True) for offset in (projection.key, projection.value))
+    scale = _over(squares + 2.0 * onto_value + value)
+    turned = Turned(
+        key=projection.key,
+        value=projection.value,
+        output=projection.output,
+        value_scale=scale,
+        onto_output=(onto_output + (projection.value * projection.output).sum(-1, keepdim=True)) * scale,
+    )
+    return Prepared(
+        slots=slots,
+        scale=_over(squares + 2.0 * onto_key + key),
+        gram=_scaled(gram + onto_value[:, :, None] + onto_value[:, None, :] + value[..., None], scale),
+        turned=turned,
+    )
+
+
+def barrier(mask: Bool[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Return 0 for slots that count as filled, and minus infinity for the others."""
+    return mask.log()
 
 
 def scores(
     prepared: Prepared,
-    masks: Mapping[str, Bool[Tensor, "... c s"]],
+    barriers: Float[Tensor, "c b #n s"],
     x: Float[Tensor, "n d"],
     query: Float[Tensor, "n d"],
     *,
     beta: float,
     tau: float,
-) -> dict[str, Float[Tensor, "n c"]]:
-    """Return tau f_c . x, Eq. (9) to (11), once for each mask of slots that count as filled.
+) -> Float[Tensor, "b n c"]:
+    """Return tau f_c . x, Eq. (9) to (11), once for each of b barriers, which say what slots count as filled.
 
-    `x` are the unprojected image features, `query` their projections by Eq. (7). A mask is one for all images, or has
-    one for each, `n c s`. Every class needs at least one filled slot in every mask. The similarities are computed
-    once, whatever the number of masks.
+    `x` are the unprojected image features, `query` their projections by Eq. (7). A barrier is one for all images, or
+    has one for each. Every class needs at least one filled slot in every barrier. The slots are read once, whatever the
+    number of barriers.
     """
-    similar = _products(prepared.keys, query)
-    onto_x = similar if prepared.values is prepared.keys else _products(prepared.values, x)
-    return {name: tau * _cosines(prepared, _weights(similar, mask, beta), onto_x, x) for name, mask in masks.items()}
-
-
-def _products(slots: Float[Tensor, "c s d"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n c s"]:
-    """Return slot . x for all of them, as one matrix product over the flat bank."""
-    classes, width, dim = slots.shape
-    return (slots.reshape(-1, dim) @ x.T).T.reshape(len(x), classes, width)
-
-
-def _weights(
-    similar: Float[Tensor, "n c s"],
-    mask: Bool[Tensor, "... c s"],
-    beta: float,
-) -> Float[Tensor, "n c s"]:
-    """Return affinities over their class's largest one: Eq. (10) cancels it, and nothing underflows."""
-    masked = similar.masked_fill(~mask, -torch.inf)
-    below = (masked - masked.amax(-1, keepdim=True)).clamp_min(-4.0)  # cosines differ by 2 at most; keeps 0 * inf out
-    return torch.exp(min(beta, SHARPEST) * below) * mask
+    classes, width, _ = prepared.slots.shape
+    some = max(1, _AT_ONCE // (width * len(x) * barriers.shape[1]))
+    if some >= classes or x.device.type != "cpu":
+        cosines = _cosines(prepared, barriers, x, query, min(beta, SHARPEST))
+    else:
+        stretches = [slice(start, start + some) for start in range(0, classes, some)]
+        cosines = torch.cat(
+            [_cosines(prepared.of(part), barriers[part], x, query, min(beta, SHARPEST)) for part in stretches]
+        )
+    return (tau * cosines).permute(1, 2, 0)
 
 
 def _cosines(
     prepared: Prepared,
-    weights: Float[Tensor, "n c s"],
-    onto_x: Float[Tensor, "n c s"],
+    barriers: Float[Tensor, "c b #n s"],
     x: Float[Tensor, "n d"],
-) -> Float[Tensor, "n c"]:
+    query: Float[Tensor, "n d"],
+    beta: float,
+) -> Float[Tensor, "c b n"]:
     """Return f_c . x for f_c = u(u(a_c) + b_o[c]), from the products of a_c alone, Eq. (10) and (11)."""
-    by_class = weights.transpose(0, 1)
-    squares = ((by_class @ prepared.gram) * by_class).sum(-1).T
-    length = squares.clamp_min(_TINY).sqrt()
-    along = (weights * onto_x).sum(-1) / length
-    if prepared.output is None or prepared.onto_output is None:
+    turned = prepared.turned
+    similar, onto_x = _similar(prepared, x, query)
+    # Affinities over their class's largest one: Eq. (10) cancels it, and nothing underflows.
+    exponents = torch.add(barriers, similar[:, None], alpha=beta)
+    weights = (exponents - exponents.amax(-1, keepdim=True)).exp()
+    by_class = weights.flatten(1, 2)
+    squares = ((by_class @ prepared.gram) * by_class).sum(-1).view(weights.shape[:-1])
+    over = _over(squares)
+    along = (weights * onto_x[:, None]).sum(-1) * over
+    if turned is None:
         return along
-    across = (weights * prepared.onto_output).sum(-1) / length
-    norm = (1.0 + 2.0 * across + prepared.output.square().sum(-1)).clamp_min(_TINY).sqrt()
-    return (along + x @ prepared.output.T) / norm
+    across = (weights * turned.onto_output[:, None, None]).sum(-1) * over
+    norm = (1.0 + 2.0 * across + turned.output.square().sum(-1)[:, None, None]).clamp_min(_TINY).sqrt()
+    return (along + (turned.output @ x.T)[:, None]) / norm
+
+
+def _similar(
+    prepared: Prepared, x: Float[Tensor, "n d"], query: Float[Tensor, "n d"]
+) -> tuple[Float[Tensor, "c n s"], Float[Tensor, "c n s"]]:
+    """Return k_m . q and v_m . x of all slots; the same where nothing is trained."""
+    turned = prepared.turned
+    if turned is None:
+        similar = _products(prepared.slots, x) * prepared.scale[:, None]
+        return similar, similar
+    onto_query, onto_x = _products(prepared.slots, torch.cat((query, x))).split(len(x), dim=1)
+    return (
+        (onto_query + (turned.key @ query.T)[..., None]) * prepared.scale[:, None],
+        (onto_x + (turned.value @ x.T)[..., None]) * turned.value_scale[:, None],
+    )
+
+
+def _products(slots: Float[Tensor, "c s d"], x: Float[Tensor, "n d"]) -> Float[Tensor, "c n s"]:
+    """Return slot . x for all of them, as one matrix product over the flat bank."""
+    classes, width, dim = slots.shape
+    flat = slots.reshape(-1, dim)
+    if len(x) <= _FEW:
+        # Two or three images take half as long this way round, and thirty as long again.
+        return (x @ flat.T).view(len(x), classes, width).transpose(0, 1)
+    return (flat @ x.T).view(classes, width, len(x)).transpose(1, 2).contiguous()
+
+
+def _over(squares: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Return 1 / sqrt of squared lengths, kept finite."""
+    return squares.clamp_min(_TINY).rsqrt()
+
+
+def _scaled(gram: Float[Tensor, "c s s"], scale: Float[Tensor, "c s"]) -> Float[Tensor, "c s s"]:
+    return gram * scale[:, :, None] * scale[:, None, :]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from .bank import Slots, pack
+from .bank import Slots
 from .projection import Projection, project_query
-from .readout import Prepared, prepare, scores
+from .readout import Prepared, Turned, barrier, prepare, scores
 from .snapshot import Snapshot
 
 _NARROWEST = 4
 _FEWEST_ROWS = 4
 _AT_ONCE = 32
+_SMALL = 1 << 20
+"""Numbers in a bank that stands on one shelf, uneven as its classes may be: a second one would cost more than these."""
 
 
 class Shelves:
@@ -23,44 +26,41 @@ class Shelves:
 
     Classes of similar size share a shelf, padded to its width, so that padding adds at most a quarter to what is
     filled (and three slots to a class of a few), however uneven the classes are. A class that outgrows its shelf moves
-    to the next one.
+    to the next one. A small bank stands on one shelf, as wide as its widest class.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
-        self._shelves: dict[int, _Shelf] = {}
-        self._width_of: dict[int, int] = {}
-        by_width: dict[int, list[int]] = {}
-        for index in range(len(snapshot.text)):
-            by_width.setdefault(_width(snapshot.filled(index)), []).append(index)
-        for width, classes in by_width.items():
-            # Many at a time: a class by itself is too little work for an operation.
-            for start in range(0, len(classes), _AT_ONCE):
-                self._place(classes[start : start + _AT_ONCE], width, room=len(classes))
+        self._static = snapshot.static.filled
+        self._widths = [_width(snapshot.filled(index)) for index in range(len(snapshot.text))]
+        self._place_all()
 
     def advance(self, snapshot: Snapshot) -> None:
         """Move on to a later snapshot that differs from the present one in its dynamic slots and adaptation alone."""
         before, after = self.snapshot.dynamic.classes, snapshot.dynamic.classes
         self.snapshot = snapshot
-        for index, (old, new) in enumerate(zip(before, after, strict=True)):
-            if old is not new:
-                self._put(index)
+        if before is after:
+            return
+        changed = [index for index, (old, new) in enumerate(zip(before, after, strict=True)) if old is not new]
+        for index in changed:
+            self._widths[index] = _width(snapshot.filled(index))
+        if self._common != self._one_for_all():
+            self._place_all()
+        else:
+            self._place(changed)
 
     def scores(self, x: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n c"] | None]:
         """Return the dynamic and the static scores of every class; no static ones where there is no shot."""
-        names = ("dynamic", "static") if self.snapshot.static.filled else ("dynamic",)
-        out = {name: x.new_empty(len(x), len(self._width_of)) for name in names}
-        for shelf in self._shelves.values():
-            for name, part in self._read(shelf.prepared(), shelf.masks(names), x).items():
-                out[name][:, shelf.classes] = part
-        return out["dynamic"], out.get("static")
+        parts = [self._read(*shelf.ready, x) for shelf in self._shelves.values()]
+        both = parts[0] if self._common else torch.cat(parts, -1).index_select(-1, self._in_order())
+        return both[0], both[1] if len(both) > 1 else None
 
-    def patch(self, index: int, slots: Slots, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Return the dynamic scores of one class, read as if it held `slots`; nothing is changed."""
-        row, _ = self.snapshot.row(index, slots)
-        bank = pack([row])
-        prepared = prepare(bank, _offsets(self.snapshot.projection, [index]))
-        return self._read(prepared, {"dynamic": bank.occupied}, x)["dynamic"][:, 0]
+    def patched(self, states: Sequence[tuple[int, Slots]], x: Float[Tensor, "n d"]) -> Float[Tensor, "n p"]:
+        """Return the dynamic scores of some classes, read as if they held other slots; nothing is changed."""
+        classes, slots = zip(*states, strict=True)
+        bank, _ = self.snapshot.bank(classes, slots)
+        prepared = prepare(bank, _offsets(self.snapshot.projection, classes))
+        return self._read(prepared, barrier(bank.occupied)[:, None], x)[0]
 
     @property
     def nbytes(self) -> int:
@@ -68,99 +68,121 @@ class Shelves:
         return sum(shelf.nbytes for shelf in self._shelves.values())
 
     def _read(
-        self,
-        prepared: Prepared,
-        masks: Mapping[str, Bool[Tensor, "c s"]],
-        x: Float[Tensor, "n d"],
-    ) -> dict[str, Float[Tensor, "n c"]]:
+        self, prepared: Prepared, barriers: Float[Tensor, "c b s"], x: Float[Tensor, "n d"]
+    ) -> Float[Tensor, "b n c"]:
         query = project_query(x, self.snapshot.projection)
-        return scores(prepared, masks, x, query, beta=self.snapshot.beta, tau=self.snapshot.tau)
+        return scores(prepared, barriers[:, :, None], x, query, beta=self.snapshot.beta, tau=self.snapshot.tau)
 
-    def _put(self, index: int) -> None:
-        width, old = _width(self.snapshot.filled(index)), self._width_of.get(index)
-        if old is not None and old != width:
-            self._shelves[old].remove(index)
-            if not self._shelves[old].places:
-                del self._shelves[old]
-        self._place([index], width)
+    def _one_for_all(self) -> int | None:
+        """Return the width of the shelf for all classes, if the bank is small."""
+        classes, dim = self.snapshot.text.shape
+        if classes * _NARROWEST * dim > _SMALL:
+            return None
+        widest = max(self._widths)
+        return widest if classes * widest * dim <= _SMALL else None
 
-    def _place(self, classes: Sequence[int], width: int, *, room: int = 0) -> None:
-        """Put classes on the shelf of a width, which has room for so many at first."""
-        rows = [self.snapshot.row(index) for index in classes]
-        bank = pack([row for row, _ in rows], width=width)
-        static = torch.tensor([count for _, count in rows], device=bank.keys.device)
+    def _place_all(self) -> None:
+        self._common = self._one_for_all()
+        self._shelves: dict[int, _Shelf] = {}
+        self._shelf_of: dict[int, int] = {}
+        self._place(range(len(self._widths)))
+
+    def _place(self, classes: Iterable[int]) -> None:
+        """Put classes on the shelves of their widths."""
+        self._back: Int[Tensor, " c"] | None = None
+        by_width: dict[int, list[int]] = {}
+        for index in classes:
+            by_width.setdefault(self._common or self._widths[index], []).append(index)
+        for width, own in by_width.items():
+            self._take_down([index for index in own if self._shelf_of.get(index, width) != width])
+            shelf = self._shelves.setdefault(width, _Shelf(room=len(own)))
+            # Many at a time: a class by itself is too little work for an operation.
+            for start in range(0, len(own), _AT_ONCE):
+                self._put(shelf, own[start : start + _AT_ONCE], width)
+            self._shelf_of.update(dict.fromkeys(own, width))
+
+    def _take_down(self, classes: Iterable[int]) -> None:
+        for index in classes:
+            width = self._shelf_of[index]
+            self._shelves[width].remove(index)
+            if not self._shelves[width].classes:
+                del self._shelves[width]
+
+    def _put(self, shelf: _Shelf, classes: Sequence[int], width: int) -> None:
+        bank, static = self.snapshot.bank(classes, width=width)
+        filled = [bank.occupied]
+        if self._static:
+            shots = torch.tensor(static, device=bank.keys.device)
+            filled.append(torch.arange(width, device=shots.device) < shots[:, None])
         prepared = prepare(bank, _offsets(self.snapshot.projection, classes))
-        self._shelves.setdefault(width, _Shelf(room)).put(classes, prepared, bank.occupied, static)
-        self._width_of.update(dict.fromkeys(classes, width))
+        shelf.put(classes, prepared, barrier(torch.stack(filled, 1)))
+
+    def _in_order(self) -> Int[Tensor, " c"]:
+        """Return the place of each class among the rows of all shelves."""
+        if self._back is None:
+            rows = [index for shelf in self._shelves.values() for index in shelf.classes]
+            self._back = torch.tensor(rows, device=self.snapshot.text.device).argsort()
+        return self._back
 
 
 class _Shelf:
     """Prepared rows of one width, compact, in tensors that double when they are full."""
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, *, room: int) -> None:
         self._least = max(_FEWEST_ROWS, room)
-        self.places: dict[int, int] = {}
-        self._order: list[int] = []
+        self.classes: list[int] = []
+        """The class of each row."""
+        self._row_of: dict[int, int] = {}
         self._arrays: dict[str, Tensor] = {}
+        self._ready: tuple[Prepared, Float[Tensor, "c b s"]] | None = None
 
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._arrays.values())
 
     @property
-    def classes(self) -> Int[Tensor, " c"]:
-        return torch.tensor(self._order, device=self._arrays["keys"].device)
+    def ready(self) -> tuple[Prepared, Float[Tensor, "c b s"]]:
+        """The rows in use, and what tells their filled slots."""
+        if self._ready is None:
+            rows = {name: array[: len(self.classes)] for name, array in self._arrays.items()}
+            turned = Turned(**{f.name: rows[f.name] for f in fields(Turned)}) if "key" in rows else None
+            prepared = Prepared(slots=rows["slots"], scale=rows["scale"], gram=rows["gram"], turned=turned)
+            self._ready = prepared, rows["barriers"]
+        return self._ready
 
-    def prepared(self) -> Prepared:
-        keys, projected = self._filled("keys"), "values" in self._arrays
-        return Prepared(
-            keys=keys,
-            values=self._filled("values") if projected else keys,
-            gram=self._filled("gram"),
-            onto_output=self._filled("onto_output") if projected else None,
-            output=self._filled("output") if projected else None,
-        )
-
-    def masks(self, names: tuple[str, ...]) -> dict[str, Bool[Tensor, "c s"]]:
-        return {name: self._filled(name) for name in names}
-
-    def put(
-        self, classes: Sequence[int], rows: Prepared, occupied: Bool[Tensor, "c s"], static: Int[Tensor, " c"]
-    ) -> None:
-        """Write the rows of some classes; the first `static` slots of each are those of the static memory."""
-        shots = occupied & (torch.arange(occupied.shape[1], device=static.device) < static[:, None])
-        parts = {"keys": rows.keys, "gram": rows.gram, "dynamic": occupied, "static": shots}
-        if rows.onto_output is not None and rows.output is not None:
-            parts |= {"values": rows.values, "onto_output": rows.onto_output, "output": rows.output}
-        places = [self.places[index] if index in self.places else self._append(index) for index in classes]
+    def put(self, classes: Sequence[int], prepared: Prepared, barriers: Float[Tensor, "c b s"]) -> None:
+        """Write the rows of some classes."""
+        parts = {"slots": prepared.slots, "scale": prepared.scale, "gram": prepared.gram, "barriers": barriers}
+        if prepared.turned is not None:
+            parts |= {f.name: getattr(prepared.turned, f.name) for f in fields(Turned)}
+        rows = [self._row_of[index] if index in self._row_of else self._append(index) for index in classes]
         for name, part in parts.items():
-            self._room(name, part)[places] = part
+            self._room(name, part)[rows] = part
 
     def remove(self, index: int) -> None:
         """Drop a class; the last row takes its place."""
-        place, last = self.places.pop(index), self._order.pop()
+        row, last = self._row_of.pop(index), self.classes.pop()
+        self._ready = None
         if last == index:
             return
         for array in self._arrays.values():
-            array[place] = array[len(self._order)]
-        self._order[place] = last
-        self.places[last] = place
+            array[row] = array[len(self.classes)]
+        self.classes[row] = last
+        self._row_of[last] = row
 
     def _append(self, index: int) -> int:
-        self.places[index] = len(self._order)
-        self._order.append(index)
-        return self.places[index]
+        self._row_of[index] = len(self.classes)
+        self.classes.append(index)
+        self._ready = None
+        return self._row_of[index]
 
     def _room(self, name: str, like: Tensor) -> Tensor:
         array = self._arrays.get(name, like[:0])
-        if len(array) < len(self._order):
+        if len(array) < len(self.classes):
             grown = like.new_empty((max(self._least, 2 * len(array)), *like.shape[1:]))  # only rows in use are read
             grown[: len(array)] = array
             self._arrays[name] = array = grown
         return array
-
-    def _filled(self, name: str) -> Tensor:
-        return self._arrays[name][: len(self._order)]
 
 
 def _width(filled: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .adapted import Adaptation
-from .bank import Slots
+from .bank import Bank, Slots
 from .dynamic import DynamicMemory
 from .fusion import DEFAULT_WEIGHTS, BranchWeights
 from .projection import Projection
@@ -44,12 +45,22 @@ class Snapshot:
         """Return how many slots class `index` is read from, Eq. (12)."""
         return 1 + len(self.static.classes[index]) + len(self.dynamic.classes[index])
 
-    def row(self, index: int, slots: Slots | None = None) -> tuple[Float[Tensor, "n d"], int]:
-        """Return what class `index` is read from, Eq. (12), and how many of it the static memory holds, Eq. (13).
+    def bank(
+        self, classes: Sequence[int], slots: Sequence[Slots] | None = None, *, width: int | None = None
+    ) -> tuple[Bank, tuple[int, ...]]:
+        """Return what some classes are read from, Eq. (12), and how many slots of each are static, Eq. (13).
 
-        Its text feature and its shots come first, then its dynamic slots, or `slots` in their place.
+        Of each its text feature and its shots come first, then its dynamic slots, or those of `slots` in their place.
+        The bank is `width` slots wide, or as its widest class is.
         """
-        shots = self.static.classes[index].keys
-        own = self.dynamic.classes[index] if slots is None else slots
-        row = torch.cat((self.text[index : index + 1], shots, own.keys))
-        return row, 1 + len(shots)
+        own = [self.dynamic.classes[index] for index in classes] if slots is None else slots
+        static = tuple(1 + len(self.static.classes[index]) for index in classes)
+        filled = [first + len(some) for first, some in zip(static, own, strict=True)]
+        bank = Bank.empty(filled, self.text, width)
+        bank.keys[:, 0] = self.text.index_select(0, torch.tensor(classes, device=self.text.device))
+        for keys, index, first, end, some in zip(bank.keys, classes, static, filled, own, strict=True):
+            if first > 1:
+                keys[1:first] = self.static.classes[index].keys
+            if end > first:
+                keys[first:end] = some.keys
+        return bank, static

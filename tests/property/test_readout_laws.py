@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from core.classify import classify
 from core.dynamic import DynamicMemory
 from core.numerics import unit
 from core.projection import Projection, project_query
-from core.readout import prepare, scores
+from core.readout import barrier, prepare, scores
 from core.shelves import Shelves
 from core.snapshot import Snapshot
 from core.static import StaticMemory
@@ -50,7 +51,7 @@ class Case:
         bank = pack(self.rows if rows is None else rows, width=width)
         query = project_query(self.x, self.projection)
         prepared = prepare(bank, self.projection)
-        return scores(prepared, {"": bank.occupied}, self.x, query, beta=beta, tau=TAU)[""]
+        return scores(prepared, barrier(bank.occupied)[:, None, None], self.x, query, beta=beta, tau=TAU)[0]
 
     def literally(self, beta: float, dtype: type[np.floating] = np.float64, *, relative: bool = False) -> np.ndarray:
         zero = literal.no_offsets(len(self.rows), self.x.shape[1], dtype)
@@ -158,7 +159,7 @@ def test_what_lies_in_an_empty_slot_is_never_read(case: Case, more: int) -> None
     keys[~bank.occupied] = 7.0
     query = project_query(case.x, case.projection)
     dirty = prepare(replace(bank, keys=keys), case.projection)
-    ours = scores(dirty, {"": bank.occupied}, case.x, query, beta=5.5, tau=TAU)[""]
+    ours = scores(dirty, barrier(bank.occupied)[:, None, None], case.x, query, beta=5.5, tau=TAU)[0]
     close(case.read(5.5), ours, SCORE)
 
 
@@ -187,10 +188,11 @@ def test_several_masks_are_read_as_each_alone(case: Case, seed: int) -> None:
     some = bank.occupied & torch.from_numpy(np.random.default_rng(seed).random(bank.occupied.shape) < 0.5)
     some[:, 0] = True
     prepared, query = prepare(bank, case.projection), project_query(case.x, case.projection)
-    both = scores(prepared, {"all": bank.occupied, "some": some}, case.x, query, beta=5.5, tau=TAU)
+    barriers = barrier(torch.stack((bank.occupied, some), 1))[:, :, None]
+    every, fewer = scores(prepared, barriers, case.x, query, beta=5.5, tau=TAU)
     rows = tuple(row[some[c, : len(row)]] for c, row in enumerate(case.rows))
-    close(both["all"], case.read(5.5), SCORE)
-    close(both["some"], case.read(5.5, rows=rows), SCORE)
+    close(every, case.read(5.5), SCORE)
+    close(fewer, case.read(5.5, rows=rows), SCORE)
 
 
 # --- of a whole snapshot --------------------------------------------------------------------------------------------
@@ -276,7 +278,7 @@ def test_shelves_that_followed_are_shelves_built_anew(grown: tuple[World, list[t
     for label, count in history:
         classes: list[Slots] = list(snapshot.dynamic.classes)
         classes[label] = slots_of(rng, world.size[1], count)
-        patched = shelves.patch(label, classes[label], x)
+        patched = shelves.patched([(label, classes[label])], x)[:, 0]
         snapshot = replace(snapshot, dynamic=DynamicMemory(classes=tuple(classes), slots=40))
         shelves.advance(snapshot)
         close(patched, shelves.scores(x)[0][:, label], SCORE * (1 + snapshot.beta / 10))
@@ -289,17 +291,24 @@ def test_shelves_that_followed_are_shelves_built_anew(grown: tuple[World, list[t
 
 @given(growths(), st.integers(0, 2**32 - 1))
 def test_padding_stays_small_however_uneven_the_classes(grown: tuple[World, list[tuple[int, int]]], seed: int) -> None:
-    """Per filled slot: at most a key and its Gram row at a width a quarter (or three slots) wider, rows doubled."""
+    """Per filled slot: at most a key and its Gram row at a width a quarter (or three slots) wider, rows doubled.
+
+    A small bank, which stands on one shelf, is all as wide as its widest class.
+    """
     world, history = grown
     rng, (classes, dim) = np.random.default_rng(seed), world.size
     rows: list[Slots] = [Slots.empty(dim)] * classes
     for label, count in history:
         rows[label] = slots_of(rng, dim, count)
     snapshot = replace(world.snapshot, dynamic=DynamicMemory(classes=tuple(rows), slots=40))
-    widths = [max(n + 3, 1.25 * n) for n in (len(snapshot.row(c)[0]) for c in range(classes))]
-    copies = 1 if snapshot.projection is None else 2
-    a_row = [4 * (w * dim * copies + w * w + w + dim) + 2 * w for w in widths]
-    assert Shelves(snapshot).nbytes <= 4 * sum(a_row) + 4 * 4 * max(a_row)
+    filled = [snapshot.bank([c])[0].keys.shape[1] for c in range(classes)]
+    widths = [max(n + 3, 1.25 * n) for n in filled]
+    projected, branches_ = snapshot.projection is not None, 2 if snapshot.static.filled else 1
+    a_row = [4 * (w * dim + w * w + w * (1 + branches_) + projected * (3 * dim + 2 * w)) for w in widths]
+    assert Shelves(snapshot).nbytes <= max(len(a_row), 4) * max(a_row)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("core.shelves._SMALL", 0)
+        assert Shelves(snapshot).nbytes <= 4 * sum(a_row) + 4 * 4 * max(a_row)
 
 
 def test_state_grows_with_the_classes_and_not_with_their_square() -> None:

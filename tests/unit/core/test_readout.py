@@ -8,8 +8,9 @@ from torch import Tensor
 
 from core.bank import pack
 from core.projection import Projection, project_query
-from core.readout import prepare, scores
+from core.readout import barrier, prepare, scores
 
+NAMES = ("query", "key", "value", "output", "text")
 SQRT_HALF = math.sqrt(0.5)
 EAST, NORTH = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 
@@ -17,7 +18,7 @@ EAST, NORTH = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
 def _read(rows: list[Tensor], x: Tensor, beta: float, tau: float = 10.0, offsets: Projection | None = None) -> Tensor:
     bank = pack(rows)
     query = project_query(x, offsets)
-    return scores(prepare(bank, offsets), {"all": bank.occupied}, x, query, beta=beta, tau=tau)["all"]
+    return scores(prepare(bank, offsets), barrier(bank.occupied)[:, None, None], x, query, beta=beta, tau=tau)[0]
 
 
 def test_one_slot_scores_its_scaled_cosine() -> None:
@@ -83,30 +84,78 @@ def test_a_query_offset_moves_the_match_and_not_the_last_product() -> None:
     assert got.item() == pytest.approx(10 * SQRT_HALF, abs=1e-4)
 
 
-def test_without_offsets_values_are_the_keys_themselves() -> None:
-    ready = prepare(pack([torch.stack([EAST, NORTH])]))
-    assert ready.values is ready.keys
-    assert ready.output is None
-    assert ready.onto_output is None
-    assert torch.equal(ready.gram, torch.eye(2)[None])
+def test_without_offsets_nothing_is_made_of_a_slot_but_its_length_and_its_products() -> None:
+    bank = pack([torch.stack([3.0 * EAST, NORTH])])
+    ready = prepare(bank)
+    assert ready.slots is bank.keys
+    assert ready.turned is None
+    torch.testing.assert_close(ready.scale, torch.tensor([[1 / 3, 1.0]]))
+    torch.testing.assert_close(ready.gram, torch.eye(2)[None])
 
 
-def test_offsets_prepare_products_with_the_output() -> None:
+def test_offsets_are_worked_into_the_products() -> None:
+    """Values u(east + 0.75 north) and u(1.75 north), seen from b_o = (0.5, 1)."""
     zeros = Projection.zeros(1, 2)
     given = Projection(
-        query=zeros.query, key=zeros.key, value=zeros.value, output=torch.tensor([[0.25, 0.5]]), text=zeros.text
+        query=zeros.query,
+        key=2.0 * EAST[None],
+        value=0.75 * NORTH[None],
+        output=torch.tensor([[0.5, 1.0]]),
+        text=zeros.text,
     )
-    ready = prepare(pack([torch.stack([EAST, NORTH])]), given)
-    assert ready.onto_output is not None
-    assert ready.onto_output.tolist() == [[0.25, 0.5]]
+    bank = pack([torch.stack([EAST, NORTH])])
+    ready = prepare(bank, given)
+    assert ready.slots is bank.keys
+    assert ready.turned is not None
+    torch.testing.assert_close(ready.scale, torch.tensor([[1 / 3, 5**-0.5]]))
+    torch.testing.assert_close(ready.turned.value_scale, torch.tensor([[0.8, 1 / 1.75]]))
+    torch.testing.assert_close(ready.turned.onto_output, torch.tensor([[0.8 * 0.5 + 0.6, 1.0]]))
+    torch.testing.assert_close(ready.gram, torch.tensor([[[1.0, 0.6], [0.6, 1.0]]]))
 
 
 def test_one_call_reads_several_masks() -> None:
     bank = pack([torch.stack([EAST, NORTH])])
-    masks = {"first": torch.tensor([[True, False]]), "second": torch.tensor([[False, True]])}
-    got = scores(prepare(bank), masks, EAST[None], EAST[None], beta=5.5, tau=10.0)
-    assert got["first"].item() == pytest.approx(10.0, abs=1e-5)
-    assert got["second"].item() == pytest.approx(0.0, abs=1e-5)
+    masks = torch.tensor([[[True, False], [False, True]]])
+    first, second = scores(prepare(bank), barrier(masks)[:, :, None], EAST[None], EAST[None], beta=5.5, tau=10.0)
+    assert first.item() == pytest.approx(10.0, abs=1e-5)
+    assert second.item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_mask_may_be_another_for_each_image() -> None:
+    bank = pack([torch.stack([EAST, NORTH])])
+    masks, x = torch.tensor([[[[True, False], [False, True]]]]), EAST.expand(2, -1)
+    assert scores(prepare(bank), barrier(masks), x, x, beta=5.5, tau=10.0)[0, :, 0].tolist() == pytest.approx(
+        [10.0, 0.0]
+    )
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("images", [1, 2, 3, 4, 33])
+def test_classes_read_some_at_a_time_and_in_any_form_score_as_all_at_once(
+    images: int,
+    projected: bool,  # noqa: FBT001 - a case
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = torch.Generator().manual_seed(0)
+    bank = pack([torch.nn.functional.normalize(torch.randn(1 + c % 3, 8, generator=random), dim=-1) for c in range(23)])
+    offsets = (
+        Projection(**dict(zip(NAMES, 0.2 * torch.randn(5, 23, 8, generator=random), strict=True)))
+        if projected
+        else None
+    )
+    x = torch.nn.functional.normalize(torch.randn(images, 8, generator=random), dim=-1)
+    prepared, barriers = prepare(bank, offsets), barrier(bank.occupied)[:, None, None]
+
+    def read() -> Tensor:
+        return scores(prepared, barriers, x, project_query(x, offsets), beta=5.5, tau=100.0)
+
+    whole = read()
+    monkeypatch.setattr("core.readout._AT_ONCE", 100)
+    torch.testing.assert_close(read(), whole, rtol=0, atol=1e-4)
+    one = torch.cat(
+        [scores(prepared, barriers, y[None], project_query(y[None], offsets), beta=5.5, tau=100.0)[0] for y in x]
+    )
+    torch.testing.assert_close(one, whole[0], rtol=0, atol=1e-4)
 
 
 def test_slots_that_cancel_give_a_finite_score() -> None:

@@ -56,13 +56,19 @@ def test_a_class_without_shots_beside_one_with_them_reads_its_text() -> None:
 
 def test_a_patch_reads_other_slots_and_changes_nothing() -> None:
     shelves = Shelves(_snapshot())
-    patched = shelves.patch(0, _slots(NORTH), X)
-    assert patched.item() == pytest.approx(10 * (0.6 + 0.8) / 2**0.5, abs=1e-5)
+    patched = shelves.patched([(0, _slots(NORTH)), (0, Slots.empty(2)), (1, _slots(EAST))], X)
+    half = 10 * (0.6 + 0.8) / 2**0.5
+    assert patched[0].tolist() == pytest.approx([half, 6.0, half], abs=1e-5)
     torch.testing.assert_close(shelves.scores(X)[0], torch.tensor([[6.0, 8.0]]))
 
 
-def test_shelves_follow_a_class_that_grows_and_shrinks() -> None:
-    """Widths 4, 8, 12, 16, 20, ... and back: the class moves from shelf to shelf and its neighbour stays right."""
+@pytest.mark.parametrize("small", [2**20, 50, 0])
+def test_shelves_follow_a_class_that_grows_and_shrinks(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths 4, 8, 12, 16, 20, ... and back: the class moves from shelf to shelf and its neighbour stays right.
+
+    Or all stand on one shelf; or they do while the bank is small.
+    """
+    monkeypatch.setattr("core.shelves._SMALL", small)
     snapshot = _snapshot()
     shelves = Shelves(snapshot)
     for count in (1, 3, 4, 12, 30, 49, 7, 0, 2):
@@ -82,7 +88,9 @@ def test_shelves_hold_offsets_of_every_class() -> None:
     assert got[0].tolist() == pytest.approx([6.0, 10 * 1.4 / 2**0.5], abs=1e-4)
 
 
-def test_many_classes_keep_their_places() -> None:
+@pytest.mark.parametrize("small", [2**20, 0])
+def test_many_classes_keep_their_places(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.shelves._SMALL", small)
     classes = 37
     angles = torch.arange(classes) / classes
     text = torch.stack((angles.cos(), angles.sin()), -1)
@@ -97,5 +105,15 @@ def test_many_classes_keep_their_places() -> None:
 
 
 def test_bytes_are_those_of_the_tensors_held() -> None:
-    """Two classes of width 4 on one shelf, that starts with four rows: keys 4 x 2, Gram 4 x 4, two masks of 4."""
-    assert Shelves(_snapshot()).nbytes == 4 * (4 * 2 * 4 + 4 * 4 * 4 + 4 + 4)
+    """Two classes of width 4 on one shelf, that starts with four rows: slots 4 x 2, Gram 4 x 4, lengths, one mask."""
+    assert Shelves(_snapshot()).nbytes == 4 * 4 * (4 * 2 + 4 * 4 + 4 + 4)
+    assert Shelves(_snapshot(shots=True)).nbytes == 4 * 4 * (4 * 2 + 4 * 4 + 4 + 2 * 4)
+
+
+def test_a_small_bank_stands_on_one_shelf_and_a_large_one_on_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two classes of 1 and 11 slots: 2 x 12 slots, or 4 and 12; of four rows each."""
+    snapshot = _snapshot(_slots(*[NORTH] * 10), Slots.empty(2))
+    a_row = {width: 4 * (2 * width + width * width + width + width) for width in (4, 12)}
+    assert Shelves(snapshot).nbytes == 4 * a_row[12]
+    monkeypatch.setattr("core.shelves._SMALL", 2 * 12 * 2 - 1)
+    assert Shelves(snapshot).nbytes == 4 * (a_row[4] + a_row[12])
