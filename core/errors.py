@@ -9,6 +9,8 @@ CoreError
 └── EncoderUnavailable  an encoder's weights cannot be had or do not fit
 """
 
+import textwrap
+
 
 class CoreError(Exception):
     """Base of every error that core raises on purpose."""
@@ -36,3 +38,10 @@ class IncompatibleMemory(CoreError):
 
 class EncoderUnavailable(CoreError):
     """An encoder cannot be had; the message says what was asked for, why it failed and what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """Return what an error of a library says, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]).rstrip(".") or type(error).__name__
+    return textwrap.shorten(text, 240, placeholder="...")

@@ -9,7 +9,6 @@ import io
 import json
 import logging
 import tempfile
-import textwrap
 import urllib.error
 import urllib.request
 import warnings
@@ -25,13 +24,14 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from . import lite
+from .backends import Runtime, check_possible, image_tower, sample
 from .codec import FEATURE_FORMAT
 from .encoder import Preprocess
-from .errors import EncoderUnavailable
+from .errors import EncoderUnavailable, reason
 from .numerics import unit
+from .towers import PixelTower, Tower
 
 _TEXT_CHUNK = 256
-_CPU_CHUNK = 8
 _PROBE_TIMEOUT_S = 5.0
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -49,16 +49,17 @@ class OpenClipEncoder:
     logit_scale: float
     preprocess: Preprocess
     device: torch.device
-    _model: Any = field(repr=False)  # a module whose methods open_clip does not type
+    _model: Any = field(repr=False)  # a module whose methods open_clip does not type; its image tower is `_tower`
     _tokenize: Callable[[list[str]], Tensor] = field(repr=False)
+    _tower: Tower = field(repr=False)
+    _most: int
 
     @torch.inference_mode()
     def encode_images(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Return unit-norm float32 features on `device`; the uint8 pixels travel there before they are normalised."""
-        # An accelerator wants the batch whole; a CPU is no faster for it and would hold all its activations at once.
-        chunk = _CPU_CHUNK if self.device.type == "cpu" else max(len(pixels), 1)
         empty = torch.zeros(0, self.dim, device=self.device)
-        return torch.cat([empty, *(self._encode_pixels(part) for part in pixels.split(chunk) if len(part))])
+        parts = (part for part in pixels.split(self._most) if len(part))
+        return torch.cat([empty, *(unit(self._tower(part).to(torch.float32)) for part in parts)])
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
@@ -67,21 +68,12 @@ class OpenClipEncoder:
         starts = range(0, len(texts), _TEXT_CHUNK)
         return torch.cat([empty, *(self._encode_chunk(list(texts[i : i + _TEXT_CHUNK])) for i in starts)])
 
-    def _encode_pixels(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        inputs = self._normalise(pixels.to(self.device, non_blocking=True))
-        return unit(self._model.encode_image(inputs).to(torch.float32))
-
-    def _normalise(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-        mean = torch.tensor(self.preprocess.mean, device=self.device)[:, None, None]
-        std = torch.tensor(self.preprocess.std, device=self.device)[:, None, None]
-        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
-
     def _encode_chunk(self, texts: list[str]) -> Float[Tensor, "n d"]:
         tokens = _without_padding(self._model, self._tokenize(texts))
         return unit(self._model.encode_text(tokens.to(self.device)).to(torch.float32))
 
 
-def load(name: str, *, device: torch.device | str = "cpu") -> OpenClipEncoder:
+def load(name: str, *, device: torch.device | str = "cpu", runtime: Runtime | None = None) -> OpenClipEncoder:
     """Return the encoder called `name`.
 
     Args:
@@ -89,26 +81,37 @@ def load(name: str, *, device: torch.device | str = "cpu") -> OpenClipEncoder:
             a checkpoint of that model. `MODEL/PRETRAINED@FILE` reads the file with the preprocessing and the activation
             that open_clip keeps for PRETRAINED: the way to load a mirrored file.
         device: where the towers live.
+        runtime: how the image tower is run; by torch if left out.
 
     Raises:
-        EncoderUnavailable: there is no such model, weight or file, it does not fit, or it cannot be downloaded.
+        EncoderUnavailable: there is no such model, weight or file, it does not fit, or it cannot be downloaded; or its
+            image tower cannot be run so.
     """
-    with _quiet():
+    device, runtime = torch.device(device), runtime or Runtime()
+    check_possible(runtime, device)
+    # Whoever calls may be in inference mode, whose tensors cannot be exported.
+    with _quiet(), torch.inference_mode(mode=False), torch.no_grad():
         architecture, model, tokenize = _lite() if name == "lite" else _pretrained(name)
-    model.eval().requires_grad_(requires_grad=False)
-    preprocess = _preprocess_of(model)
-    dim = _dim_of(model)
-    origin = _origin(architecture, model.state_dict(), preprocess, dim)
+        model.eval().requires_grad_(requires_grad=False).to(device)
+        preprocess = _preprocess_of(model)
+        inputs = PixelTower(model.visual, preprocess).normalised(sample(preprocess.size).to(device))
+        reference = unit(model.encode_image(inputs))
+        origin = _origin(architecture, model.state_dict(), preprocess, reference.shape[1])
+        fingerprint = _fingerprint(origin)
+        tower = image_tower(model.visual, preprocess, reference, fingerprint, runtime, device)
+        model.visual = nn.Identity()  # what is still needed of it, the tower holds
     return OpenClipEncoder(
         name=name,
-        fingerprint=_fingerprint(origin),
+        fingerprint=fingerprint,
         origin=origin,
-        dim=dim,
+        dim=reference.shape[1],
         logit_scale=float(model.logit_scale.exp()),
         preprocess=preprocess,
-        device=torch.device(device),
-        _model=model.to(device),
+        device=device,
+        _model=model,
         _tokenize=tokenize,
+        _tower=tower,
+        _most=runtime.batch(device),
     )
 
 
@@ -124,7 +127,7 @@ def _lite() -> tuple[str, Any, Any]:
             tokenize = open_clip.tokenizer.HFTokenizer(str(lite.text_folder()), context_length=256)
         except Exception as error:
             raise EncoderUnavailable(
-                f"lite was asked for, but its towers do not load ({_reason(error)}); "
+                f"lite was asked for, but its towers do not load ({reason(error)}); "
                 "install them anew with: pip install --force-reinstall 'dmn-clip-service[lite]'.",
             ) from error
     trunk = model.visual.trunk
@@ -149,7 +152,7 @@ def _pretrained(name: str) -> tuple[str, Any, Any]:
         tokenize = open_clip.get_tokenizer(architecture)
     except Exception as error:
         raise EncoderUnavailable(
-            f"{name} was asked for, but {checkpoint} does not load as {architecture} ({_reason(error)}); "
+            f"{name} was asked for, but {checkpoint} does not load as {architecture} ({reason(error)}); "
             "name the model that the file was saved from, in safetensors or as plain tensors.",
         ) from error
     # The activation is not in the weights, yet features depend on it.
@@ -208,7 +211,7 @@ def _download(name: str, settings: Mapping[str, Any]) -> Path:
     except Exception as error:
         raise EncoderUnavailable(
             f"{name} was asked for, but its weights are not in the cache and cannot be downloaded from {endpoint} "
-            f"({_reason(error)}); give the file ({name}@FILE), name a mirror with HF_ENDPOINT, or use lite.",
+            f"({reason(error)}); give the file ({name}@FILE), name a mirror with HF_ENDPOINT, or use lite.",
         ) from error
 
 
@@ -262,12 +265,6 @@ def _channels(value: float | Sequence[float]) -> tuple[float, float, float]:
     return float(red), float(green), float(blue)
 
 
-@torch.inference_mode()
-def _dim_of(model: Any) -> int:
-    settings = _preprocess_of(model)
-    return int(model.encode_image(torch.zeros(1, 3, settings.size, settings.size)).shape[-1])
-
-
 def _origin(architecture: str, weights: Mapping[str, Tensor], pre: Preprocess, dim: int) -> dict[str, str]:
     """Return all that a feature depends on, each in words or as a hash."""
     return {
@@ -308,12 +305,6 @@ def _without_padding(model: nn.Module, tokens: Int[Tensor, "n t"]) -> Int[Tensor
 
 
 # ---------------------------------------------------------------------------------------------------- sentences
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines[:2]).rstrip(".") or type(error).__name__
-    return textwrap.shorten(text, 240, placeholder="...")
 
 
 def _nearest(wrong: str, known: Sequence[str]) -> str:

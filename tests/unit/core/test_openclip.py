@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from core import openclip
+from core.backends import Backend, Runtime
 from core.encoder import Encoder
 from core.errors import EncoderUnavailable
+from core.towers import PixelTower
 
 TINY = {
     "embed_dim": 16,
@@ -96,7 +98,20 @@ def test_image_features_are_the_original_models(encoder: openclip.OpenClipEncode
 def test_uint8_is_normalised_as_open_clip_does(encoder: openclip.OpenClipEncoder, model: nn.Module) -> None:
     picture = pixels(1)[0]
     expected = their_preprocessing(model, picture)
-    torch.testing.assert_close(encoder._normalise(picture[None])[0], expected, atol=1e-6, rtol=0)
+    found = PixelTower(model.visual, encoder.preprocess).normalised(picture[None])[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnx"])
+def test_another_backend_gives_the_same_features_under_the_same_fingerprint(
+    backend: Backend, encoder: openclip.OpenClipEncoder, tmp_path: Path
+) -> None:
+    with torch.inference_mode():  # as the worker's thread is
+        other = openclip.load(encoder.name, runtime=Runtime(backend=backend, cache=tmp_path))
+    assert other.fingerprint == encoder.fingerprint
+    torch.testing.assert_close(other.encode_images(pixels(11)), encoder.encode_images(pixels(11)), atol=1e-5, rtol=0)
+    assert torch.equal(other.encode_texts(["a"]), encoder.encode_texts(["a"]))
+    assert other.encode_images(pixels(0)).shape == (0, 16)
 
 
 def test_text_features_are_the_original_models(encoder: openclip.OpenClipEncoder, model: nn.Module, tiny: str) -> None:
