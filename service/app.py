@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -14,6 +15,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
 from core import openclip
+from core.backends import Runtime
 from core.encoder import Encoder
 
 from . import adapt, logs
@@ -92,7 +94,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
         async with _open_store(settings) as store:
             loaded = encoder
             if loaded is None:
-                loaded = await worker.run(openclip.load, settings.encoder, device=device)
+                loaded = await worker.run(load_encoder, settings, device)
             rooms = _furnish(settings, loaded, worker, store)
             await worker.run(_warm_up, loaded)
             await adapt.ensure_default(rooms)
@@ -107,6 +109,22 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
                 await _leave(rooms)
     finally:
         worker.close()
+
+
+def load_encoder(settings: Settings, device: torch.device) -> Encoder:
+    """Return the encoder that the settings name, run as they say.
+
+    Raises:
+        EncoderUnavailable: it cannot be had, or cannot be run so.
+    """
+    runtime = Runtime(
+        backend=settings.encoder_backend,
+        dtype=settings.encoder_dtype,
+        cache=settings.cache_dir,
+        most=settings.batch_images,
+        notice=lambda what: logs.event(logs.ENCODER_SLOWER, level=logging.WARNING, why=what),
+    )
+    return openclip.load(settings.encoder, device=device, runtime=runtime)
 
 
 async def _leave(rooms: Rooms) -> None:

@@ -51,6 +51,10 @@ WRONG_INPUT = 2
 EncoderOption = Annotated[
     str | None, typer.Option("--encoder", help="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`.")
 ]
+BackendOption = Annotated[
+    Literal["torch", "openvino", "onnx"] | None,
+    typer.Option("--encoder-backend", help="What runs the image tower; all but torch are for CPUs."),
+]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="Torch device; `auto` takes CUDA if there is one.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
@@ -96,6 +100,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.")] = None,
     encoder: EncoderOption = None,
+    encoder_backend: BackendOption = None,
     store: Annotated[str | None, typer.Option(help="Where memories live: `memory`, `embedded`, or a URL.")] = None,
     device: DeviceOption = None,
     devices: Annotated[
@@ -110,6 +115,7 @@ def serve(
         host=host,
         port=port,
         encoder=encoder,
+        encoder_backend=encoder_backend,
         store=store,
         device=device,
         devices=devices,
@@ -158,6 +164,7 @@ def classify(
     classes: Annotated[str, typer.Option(help="Class names, separated by commas.")],
     top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
     encoder: EncoderOption = None,
+    encoder_backend: BackendOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,  # noqa: FBT002
 ) -> None:
@@ -165,7 +172,7 @@ def classify(
     from . import offline  # noqa: PLC0415 - as in serve
 
     names = [name.strip() for name in classes.split(",") if name.strip()]
-    settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
+    settings = _quiet(_settings(encoder=encoder, encoder_backend=encoder_backend, device=device, store="memory"))
     answers = asyncio.run(offline.classify_files(settings, images, names, err))
     if as_json:
         _print_json([{"image": str(path), **answer.json(top_k)} for path, answer in answers])
@@ -206,6 +213,7 @@ def evaluate(
         typer.Option("--report", metavar="FILE.md", help="Write a report, with curves as PNG files beside it."),
     ] = None,
     encoder: EncoderOption = None,
+    encoder_backend: BackendOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,  # noqa: FBT002
 ) -> None:
@@ -233,7 +241,7 @@ def evaluate(
     )
     if report_file is not None:
         report.check_place(report_file)
-    settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
+    settings = _quiet(_settings(encoder=encoder, encoder_backend=encoder_backend, device=device, store="memory"))
     if paper is None:
         told, courses = asyncio.run(offline.evaluate_folders(settings, directories or [], plan, err))
         sheet = report.report_sheet(told)
@@ -266,6 +274,7 @@ def train(
         Path | None, typer.Option("--out", metavar="FILE", help="Write the trained memory, for `dmn memory import`.")
     ] = None,
     encoder: EncoderOption = None,
+    encoder_backend: BackendOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,  # noqa: FBT002
 ) -> None:
@@ -276,7 +285,7 @@ def train(
         _stop(f"--learning-rate must be above 0 and at most 1; got {learning_rate}.")
     if output is not None:
         _check_place(output)
-    settings = _quiet(_settings(encoder=encoder, device=device, store="memory"))
+    settings = _quiet(_settings(encoder=encoder, encoder_backend=encoder_backend, device=device, store="memory"))
     options = training.Options(epochs=epochs, learning_rate=learning_rate, seed=seed)
     told = asyncio.run(school.train_folder(settings, directory, options, shots=shots, output=output, console=err))
     if as_json:

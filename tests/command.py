@@ -26,7 +26,7 @@ from service.cli import main
 if "--http-workers" not in sys.argv:
     from core import openclip
     from tests.fakes import FakeEncoder
-    openclip.load = lambda name, device: FakeEncoder()
+    openclip.load = lambda *_, **__: FakeEncoder()
 sys.argv[0] = "dmn"
 main()
 """

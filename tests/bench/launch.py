@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-
-import torch
+from typing import Any
 
 from core import openclip
 from core.encoder import Encoder
@@ -14,9 +13,9 @@ from tests.bench.null import NullEncoder
 _load = openclip.load
 
 
-def load(name: str, *, device: torch.device) -> Encoder:
+def load(name: str, **how: Any) -> Encoder:
     """Return the encoder of that name."""
-    return NullEncoder() if name == NullEncoder.name else _load(name, device=device)
+    return NullEncoder() if name == NullEncoder.name else _load(name, **how)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
             monkeypatch.delenv(name)
     root, levels = logging.getLogger(), (logging.getLogger().level, logs.logger.level)
     monkeypatch.setattr(root, "handlers", root.handlers[:])
-    monkeypatch.setattr(openclip, "load", lambda name, *, device: FakeEncoder())  # noqa: ARG005 - its signature
+    monkeypatch.setattr(openclip, "load", lambda *_, **__: FakeEncoder())
     monkeypatch.setattr(cli, "out", Console(width=300))
 
     def dmn(*arguments: object) -> Ran:
@@ -190,8 +190,7 @@ def test_serve_refuses_open_doors_to_everybody_in_one_line(run: Run) -> None:
 
 
 def test_an_encoder_that_cannot_be_had_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def unavailable(name: str, *, device: object) -> None:
-        del device
+    def unavailable(name: str, **_: object) -> None:
         raise EncoderUnavailable(f"{name} was asked for, but [there] is none.")
 
     monkeypatch.setattr(openclip, "load", unavailable)

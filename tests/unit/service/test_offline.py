@@ -37,7 +37,7 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEncoder]:
         if name.upper().startswith("DMN_"):
             monkeypatch.delenv(name)
     made = FakeEncoder()
-    monkeypatch.setattr(openclip, "load", lambda name, *, device: made)  # noqa: ARG005 - its signature
+    monkeypatch.setattr(openclip, "load", lambda *_, **__: made)
     level = logs.logger.level
     logs.logger.setLevel(logging.WARNING)
     yield made

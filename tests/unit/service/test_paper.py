@@ -33,7 +33,7 @@ _seeds = itertools.count()
 
 @pytest.fixture(autouse=True)
 def _encoder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(openclip, "load", lambda name, *, device: FakeEncoder())  # noqa: ARG005 - its signature
+    monkeypatch.setattr(openclip, "load", lambda *_, **__: FakeEncoder())
     return
 
 

@@ -22,6 +22,9 @@ OTHER: dict[str, object] = {
     "store": "redis://localhost:6379",
     "store_down": "refuse",
     "data_dir": Path("/some/where"),
+    "encoder_backend": "openvino",
+    "encoder_dtype": "bfloat16",
+    "cache_dir": Path("/some/where"),
     "embedded_binary": "redis-server",
     "embedded_fsync": "always",
 }
