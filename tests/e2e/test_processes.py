@@ -246,7 +246,7 @@ def _lasting(answer: httpx.Response) -> str:
 def expected() -> list[tuple[int, Any]]:
     """Return what one process tells, without a network."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openclip, "load", lambda _, device: FakeEncoder())  # noqa: ARG005 - named by its caller
+        patch.setattr(openclip, "load", lambda *_, **__: FakeEncoder())
         with TestClient(create_app(Settings(store="memory", device="cpu", encoder="fake"))) as client:
             return visit(client)
 
