@@ -14,6 +14,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import huggingface_hub
 import open_clip
 import torch
 from jaxtyping import Float, Int, UInt8
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import lite
@@ -91,8 +93,7 @@ def load(name: str, *, device: torch.device | str = "cpu", runtime: Runtime | No
     check_possible(runtime, device)
     # Whoever calls may be in inference mode, whose tensors cannot be exported.
     with _quiet(), torch.inference_mode(mode=False), torch.no_grad():
-        architecture, model, tokenize = _lite() if name == "lite" else _pretrained(name)
-        model.eval().requires_grad_(requires_grad=False).to(device)
+        architecture, model, tokenize = _read(name, device)
         preprocess = _preprocess_of(model)
         inputs = PixelTower(model.visual, preprocess).normalised(sample(preprocess.size).to(device))
         reference = unit(model.encode_image(inputs))
@@ -115,7 +116,41 @@ def load(name: str, *, device: torch.device | str = "cpu", runtime: Runtime | No
     )
 
 
+def plain(
+    name: str, *, device: torch.device | str = "cpu"
+) -> Callable[[Float[Tensor, "n 3 h w"]], Float[Tensor, "n d"]]:
+    """Return open_clip's own way from normalised pictures to unit-norm float32 features: what others are held against.
+
+    Raises:
+        EncoderUnavailable: the model cannot be had.
+    """
+    with _quiet(), torch.inference_mode(mode=False):
+        _, model, _ = _read(name, torch.device(device))
+    return partial(model.encode_image, normalize=True)
+
+
+def write_random(architecture: str, file: Path) -> str:
+    """Write a checkpoint of random weights, which cost as much time as trained ones, and return its encoder's name.
+
+    Raises:
+        EncoderUnavailable: open_clip knows no such model.
+    """
+    name = f"{architecture}@{file}"
+    _parse(name)
+    torch.manual_seed(0)
+    with _quiet():
+        model = open_clip.create_model(architecture, pretrained_text=False)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+    return name
+
+
 # ------------------------------------------------------------------------------------------------ the three kinds
+
+
+def _read(name: str, device: torch.device) -> tuple[str, Any, Any]:
+    """Return a model's architecture, the evaluated model on its device, and its tokenizer."""
+    architecture, model, tokenize = _lite() if name == "lite" else _pretrained(name)
+    return architecture, model.eval().requires_grad_(requires_grad=False).to(device), tokenize
 
 
 def _lite() -> tuple[str, Any, Any]:

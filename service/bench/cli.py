@@ -11,8 +11,9 @@ A command imports its part when it runs, as torch takes seconds to import:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,8 +21,13 @@ from rich.console import Console
 from ..errors import InvalidRequest
 from .telling import JsonOption, PlotOption, tell
 
+MOST_AT_ONCE = 4096
+"""Pictures in a batch."""
+
 MOST_A_SECOND = 100_000
 """More calls a second than this client can make."""
+
+Name = TypeVar("Name", bound=str)
 
 app = typer.Typer(help="Measure how fast things are here, side by side.", no_args_is_help=True)
 
@@ -59,6 +65,54 @@ def serve(
     plan = part.Plan(rates=_rates(rates), seconds=seconds, learn=learn, seed=seed)
     console = Console(stderr=True)
     tell(part, lambda: part.measure(plan, url, serving, images, console), as_json=as_json, plot=plot)
+
+
+@app.command()
+def encode(
+    encoder: Annotated[str, typer.Option(help="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`.")] = "lite",
+    random: Annotated[
+        str,
+        typer.Option(metavar="MODEL", help="Instead: a model of open_clip's with random weights, such as ViT-B-32."),
+    ] = "",
+    backends: Annotated[str, typer.Option(metavar="A,B", help="What runs the image tower.")] = "torch,openvino,onnx",
+    dtypes: Annotated[str, typer.Option(metavar="A,B", help="What it computes in.")] = "float32,bfloat16",
+    batches: Annotated[str, typer.Option(metavar="1,8,32", help="Batch sizes.")] = "1,8,32",
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each batch size is measured, all in turns.")] = 20.0,
+    device: Annotated[str, typer.Option(help="Torch device; `auto` takes CUDA if there is one.")] = "auto",
+    as_json: JsonOption = False,  # noqa: FBT002
+    plot: PlotOption = None,
+) -> None:
+    """Encode the same pictures by every backend in turns, and by open_clip's model as it comes."""
+    from . import encode as part  # noqa: PLC0415 - as the docstring above says
+
+    plan = part.Plan(
+        encoder=encoder,
+        random=random,
+        backends=_chosen("backends", backends, part.BACKENDS),
+        dtypes=_chosen("dtypes", dtypes, part.DTYPES),
+        batches=_sizes(batches),
+        seconds=seconds,
+        device=device,
+    )
+    console = Console(stderr=True)
+    tell(part, lambda: part.measure(plan, console), as_json=as_json, plot=plot)
+
+
+def _chosen(option: str, text: str, known: Sequence[Name]) -> list[Name]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or not set(names) <= set(known):
+        raise InvalidRequest(f"--{option} takes some of {','.join(known)}; got {text!r}.")
+    return [name for name in known if name in names]
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        sizes = [int(one) for one in text.split(",") if one.strip()]
+    except ValueError as error:
+        raise InvalidRequest(f"--batches takes numbers separated by commas, such as 1,8,32; got {text!r}.") from error
+    if not sizes or not all(0 < size <= MOST_AT_ONCE for size in sizes):
+        raise InvalidRequest(f"--batches must be above 0 and at most {MOST_AT_ONCE:,}; got {text!r}.")
+    return sizes
 
 
 def _rates(text: str) -> list[float]:
