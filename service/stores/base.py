@@ -342,6 +342,27 @@ class Job:
         return self.state not in (JobState.QUEUED, JobState.RUNNING)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredKey:
+    """What is kept of an API key: never the key itself, but its SHA-256 in hexadecimal digits, and what it allows.
+
+    The id begins with the name of the tenant that the key belongs to, and so leads to where that tenant's keys are. A
+    key that belongs to none has no such beginning. Times are wall time in seconds; one that `expires` at None never
+    does.
+    """
+
+    id: str
+    digest: str
+    scopes: tuple[str, ...]
+    created: float
+    expires: float | None = None
+
+    @property
+    def tenant(self) -> str:
+        """The tenant that the key belongs to, or ''."""
+        return tenant_of_key(self.id)
+
+
 class ReloadNeeded(Exception):
     """The worker's copy is of another life, or too far behind: load the memory anew."""
 
@@ -399,7 +420,7 @@ class MemoryStore(Protocol):
         """
 
     async def delete(self, tenant: str) -> bool:
-        """Remove a tenant and everything of it; return whether it was there."""
+        """Remove a tenant and everything of it, also its API keys; return whether it was there."""
 
     async def sync(self, tenant: str, since: Stamp) -> Synced:
         """Return the slot changes since a stamp.
@@ -502,6 +523,24 @@ class MemoryStore(Protocol):
     async def remember(self, tenant: str, key: str, answer: Remembered) -> None:
         """Keep an answer for an idempotency key, for as long as the store is set to."""
 
+    async def keep_key(self, key: StoredKey) -> bool:
+        """Keep an API key until it is dropped or its tenant is deleted; False if its id is another key's.
+
+        The tenant need not be there yet.
+        """
+
+    async def find_keys(self, ids: Sequence[str]) -> Sequence[StoredKey | StoreDown | None]:
+        """Return some API keys, in one round trip; None for one that is not there.
+
+        Of a store of several nodes one may be away: then the error stands in the place of its tenants' keys.
+        """
+
+    async def keys(self, tenant: str | None = None) -> Sequence[StoredKey]:
+        """Return the API keys of a tenant, of none (''), or all that there are, by id; expired ones too."""
+
+    async def drop_key(self, id_: str) -> bool:
+        """Remove an API key; return whether it was there."""
+
     async def ping(self) -> None:
         """Return if the store answers.
 
@@ -511,6 +550,11 @@ class MemoryStore(Protocol):
 
     async def aclose(self) -> None:
         """Let go of connections."""
+
+
+def tenant_of_key(id_: str) -> str:
+    """Return the tenant that an API key of this id belongs to, or ''."""
+    return id_.rpartition("_")[0]
 
 
 def labelling_of(config: TenantConfig, training: Training | None, shown: str = "") -> str:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 TENANTS = "dmn:tenants"
 """Sorted set of all tenant names, in the order of their letters."""
 
+KEYED = "dmn:keyed"
+"""Sorted set of the tenants that have API keys, and of '' if some keys belong to none."""
+
 
 class Keys:
     """The keys of one tenant.
@@ -65,6 +68,14 @@ class Keys:
     def jobs(self) -> str:
         """Hash of the latest jobs: id -> how it stands (JSON)."""
         return f"{self._root}:jobs"
+
+    @property
+    def api_keys(self) -> str:
+        """Hash of the tenant's API keys: id -> what is kept of it (JSON).
+
+        Here, and not all in one place, so that they go with the tenant in the same step, and no node has them all.
+        """
+        return f"{self._root}:keys"
 
     def snapshot(self, id_: str) -> str:
         """Hash of a snapshot's file: number of the part, from 0 -> bytes."""

@@ -23,6 +23,7 @@ from .base import (
     SnapshotInfo,
     Stamp,
     StoredBank,
+    StoredKey,
     StoredMemory,
     StoredOffsets,
     StoredShot,
@@ -71,6 +72,7 @@ class InProcessStore:
         self._epochs: dict[str, int] = {}
         self._clock = clock
         self._claims: dict[tuple[str, str], float] = {}
+        self._keys: dict[str, StoredKey] = {}
 
     async def get(self, tenant: str) -> TenantRecord | None:
         held = self._tenants.get(tenant)
@@ -164,7 +166,11 @@ class InProcessStore:
 
     async def delete(self, tenant: str) -> bool:
         self._answers.forget(tenant)
-        return self._tenants.pop(tenant, None) is not None
+        if self._tenants.pop(tenant, None) is None:
+            return False
+        for key in await self.keys(tenant):
+            del self._keys[key.id]
+        return True
 
     async def sync(self, tenant: str, since: Stamp) -> Synced:
         held = self._current(tenant, since)
@@ -312,6 +318,18 @@ class InProcessStore:
 
     async def remember(self, tenant: str, key: str, answer: Remembered) -> None:
         self._answers.put(tenant, key, answer)
+
+    async def keep_key(self, key: StoredKey) -> bool:
+        return self._keys.setdefault(key.id, key) == key
+
+    async def find_keys(self, ids: Sequence[str]) -> Sequence[StoredKey | StoreDown | None]:
+        return [self._keys.get(id_) for id_ in ids]
+
+    async def keys(self, tenant: str | None = None) -> Sequence[StoredKey]:
+        return [key for _, key in sorted(self._keys.items()) if tenant in (None, key.tenant)]
+
+    async def drop_key(self, id_: str) -> bool:
+        return self._keys.pop(id_, None) is not None
 
     async def ping(self) -> None:
         """Return: this process is here."""

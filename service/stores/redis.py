@@ -39,6 +39,7 @@ from .base import (
     SnapshotInfo,
     Stamp,
     StoredBank,
+    StoredKey,
     StoredMemory,
     StoredOffsets,
     StoredShot,
@@ -49,11 +50,12 @@ from .base import (
     Training,
     Verdict,
     shown_of,
+    tenant_of_key,
 )
 from .connection import check
 from .counters import Counters
 from .faults import FAULTS, down
-from .keys import TENANTS, Keys
+from .keys import KEYED, TENANTS, Keys
 
 T = TypeVar("T")
 Reply = Any
@@ -239,10 +241,12 @@ class RedisStore:
         keys = Keys(tenant)
         # Before the tenant goes: one of its name that is made meanwhile has a later one.
         epoch = int(await self._do(self._client.get(keys.epochs)) or 0)
-        told = await self._run("delete.lua", (keys.config, keys.snapshots, keys.log, keys.jobs, *keys.answers), FORMATS)
+        touched = (keys.config, keys.snapshots, keys.api_keys, keys.log, keys.jobs, *keys.answers)
+        told = await self._run("delete.lua", touched, FORMATS)
         if told[0] < 0:
             raise _other_format(f"The tenant {tenant!r}")
         await self._do(self._client.zrem(TENANTS, tenant))
+        await self._unlist(tenant)
         for id_ in told[1:]:
             await self._do(self._client.unlink(keys.snapshot(id_.decode())))
         await self._sweep(keys, epoch + 1)
@@ -394,6 +398,38 @@ class RedisStore:
         head = json.dumps([answer.digest, answer.status, answer.media_type])
         args = (repr(now), repr(now + self._remember_s), self._remember_bytes, key, head, answer.body)
         await self._run("remember.lua", Keys(tenant).answers, args)
+
+    async def keep_key(self, key: StoredKey) -> bool:
+        own, told = Keys(key.tenant).api_keys, json.dumps({"format": FORMAT, **asdict(key)})
+        if not await self._do(self._client.hsetnx(own, key.id, told)):
+            return bool(await self._do(self._client.hget(own, key.id)) == told.encode())
+        # Afterwards: of a key that is not listed nobody was told yet.
+        await self._do(self._client.zadd(KEYED, {key.tenant: 0}))
+        return True
+
+    async def find_keys(self, ids: Sequence[str]) -> Sequence[StoredKey | StoreDown | None]:
+        pipeline = self._client.pipeline(transaction=False)
+        for id_ in ids:
+            pipeline.hget(Keys(tenant_of_key(id_)).api_keys, id_)
+        found = await self._do(pipeline.execute(raise_on_error=not self._spread))
+        return [self._fault(one) if isinstance(one, Exception) else _key_or_fault(one) for one in found]
+
+    async def keys(self, tenant: str | None = None) -> Sequence[StoredKey]:
+        tenants = [tenant] if tenant is not None else await self._keyed()
+        found: list[StoredKey] = []
+        for part in _parts(tenants, _SWEEP_KEYS):
+            pipeline = self._client.pipeline(transaction=False)
+            for own in part:
+                pipeline.hvals(Keys(own).api_keys)
+            for texts in await self._do(pipeline.execute()):
+                found += map(_key, texts)
+        return sorted(found, key=lambda key: key.id)
+
+    async def drop_key(self, id_: str) -> bool:
+        tenant = tenant_of_key(id_)
+        there = await self._do(self._client.hdel(Keys(tenant).api_keys, id_))
+        await self._unlist(tenant)
+        return bool(there)
 
     async def ping(self) -> None:
         await self._do(self._client.ping())
@@ -570,6 +606,17 @@ class RedisStore:
                 return _stamp(told[0], told[1], told[3]), told[2]
         raise Contended
 
+    async def _keyed(self) -> list[str]:
+        return [name.decode() for name in await self._do(self._client.zrange(KEYED, 0, -1))]
+
+    async def _unlist(self, tenant: str) -> None:
+        """Take a tenant that has no API keys out of the list of those that have."""
+        own = Keys(tenant).api_keys
+        if not await self._do(self._client.exists(own)):
+            await self._do(self._client.zrem(KEYED, tenant))
+            if await self._do(self._client.exists(own)):  # one was made in between
+                await self._do(self._client.zadd(KEYED, {tenant: 0}))
+
     async def _places(self, tenant: str, epoch: int) -> _Places:
         """Return where an epoch's memory is read: it stays there, so it may be kept; scripts check the epoch."""
         known = self._known.get((tenant, epoch))
@@ -674,6 +721,19 @@ def _snapshot_info(text: bytes) -> SnapshotInfo:
 def _job(text: bytes) -> Job:
     values = _known(text, "A job")
     return Job(**{**values, "state": JobState(values["state"])})
+
+
+def _key(text: bytes) -> StoredKey:
+    values = _known(text, "An API key")
+    return StoredKey(**{**values, "scopes": tuple(values["scopes"])})
+
+
+def _key_or_fault(text: bytes | None) -> StoredKey | StoreDown | None:
+    """Return a key, or why it cannot be read: those that are looked for with it can."""
+    try:
+        return None if text is None else _key(text)
+    except FingerprintMismatch as error:
+        return StoreDown(error.detail)
 
 
 def _known(text: bytes, what: str) -> dict[str, Any]:
