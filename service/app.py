@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 
@@ -20,11 +20,14 @@ from core.encoder import Encoder
 
 from . import adapt, logs
 from .api import admin, classify, health, jobs, memory, problems, tenants
+from .api.guard import describe
 from .api.porch import Porch
 from .archive import Archive
+from .auth import Gate, operator_key_of
 from .batching import Batcher
 from .darkroom import Darkroom
 from .desk import Desk
+from .errors import StoreDown
 from .housekeeping import keep_house
 from .idempotency import Ledger
 from .images import ImageLimits
@@ -45,7 +48,12 @@ NAME = "dmn-clip-service"
 
 
 def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
-    """Return the web application; without open rooms it opens its own when it starts, and closes them when it ends."""
+    """Return the web application; without open rooms it opens its own when it starts, and closes them when it ends.
+
+    Raises:
+        ValueError: the operator's key cannot be read.
+    """
+    keys, operator_key = settings.auth == "keys", operator_key_of(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -54,6 +62,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
             ledger = Ledger(furnished.store)
             app.state.rooms, app.state.ledger = furnished, ledger
             app.state.answer = partial(classify.answered, furnished, ledger)
+            app.state.gate = await stack.enter_async_context(_gate(furnished, operator_key)) if keys else None
             yield
 
     app = FastAPI(
@@ -74,6 +83,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
     problems.register(app)
     for part in (classify, tenants, memory, jobs, admin, health, problems):
         app.include_router(part.router)
+    describe(app, keys=keys)
     return app
 
 
@@ -125,6 +135,27 @@ def load_encoder(settings: Settings, device: torch.device) -> Encoder:
         notice=lambda what: logs.event(logs.ENCODER_SLOWER, level=logging.WARNING, why=what),
     )
     return openclip.load(settings.encoder, device=device, runtime=runtime)
+
+
+@asynccontextmanager
+async def _gate(rooms: Rooms, operator_key: str) -> AsyncIterator[Gate]:
+    gate = Gate(rooms.store.find_keys, clock=rooms.clock, wall=rooms.wall, operator_key=operator_key)
+    if not operator_key:
+        await _note_locked_doors(rooms)
+    try:
+        yield gate
+    finally:
+        await gate.aclose()
+
+
+async def _note_locked_doors(rooms: Rooms) -> None:
+    """Say how to make the first key if there is none."""
+    how = "give DMN_OPERATOR_KEY, or DMN_OPERATOR_KEY_FILE, and start again"
+    if rooms.settings.store != "memory":
+        how = f"run `dmn keys create --scope operator` with the same DMN_STORE, or {how}"
+    with suppress(StoreDown):  # then nobody can tell
+        if not await rooms.store.keys():
+            logs.event(logs.NO_KEYS, level=logging.WARNING, how=how)
 
 
 async def _leave(rooms: Rooms) -> None:

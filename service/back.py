@@ -6,6 +6,7 @@ A connection is of one of these kinds, by its first frame:
   wanted, the front hears `go`, decodes, and sends each as soon as it is ready.
 - `http`: one request of any other route, message by message as ASGI has them, to the whole web application.
 - `ask`: whether this process is ready, as `/readyz` tells it.
+- `keys`: what is kept of some API keys now, for the front's own gate.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from .api.classify import answered
 from .api.problems import AllFailed, problem, problem_response, refusal
 from .app import create_app, open_rooms
 from .classify import ClassifyCall
-from .errors import Internal, ServiceError
+from .errors import Internal, ServiceError, StoreDown
 from .hatch import Frame, Line
 from .images import Developed, ImageFault, ImageTooLarge, ImageUnreadable, UnsupportedMediaType
 from .lifeline import Lifeline, Plan
 from .rooms import Rooms
+from .window import told_of
 
 _FAULTS: dict[str, type[ImageFault]] = {
     kind.slug: kind for kind in (ImageTooLarge, ImageUnreadable, UnsupportedMediaType)
@@ -113,10 +115,20 @@ class _Counter:
             elif kind == "ask":
                 health.measure(self._rooms)
                 line.send((await health.ready(self._rooms, Response())).model_dump())
+            elif first is not None and kind == "keys":
+                line.send({"found": await self._found(first.head["ids"])})
             while await line.receive() is not None:
                 pass  # who hangs up on what it has not read takes back what it has just said
         finally:
             line.close()
+
+    async def _found(self, ids: Sequence[str]) -> list[dict[str, Any] | None]:
+        """Return what is kept of some API keys, read now: whoever asks keeps it for a while."""
+        try:
+            found = await self._rooms.store.find_keys(ids)
+        except StoreDown as error:
+            found = [error] * len(ids)
+        return [told_of(one) for one in found]
 
     async def _link(self, line: Line) -> None:
         """Answer calls until the front is gone; what it had asked by then is given up, as when a client leaves."""

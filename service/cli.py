@@ -439,7 +439,9 @@ def _check_place(file: Path) -> None:
 
 
 def _shown(name: str, value: object) -> object:
-    """Return a setting as it may be shown: a store's URL without its password."""
+    """Return a setting as it may be shown: a store's URL without its password, and no key."""
+    if name == "operator_key" and value:
+        return "********"
     if name == "store" and "://" in str(value):
         scheme, _, rest = str(value).partition("://")
         place, _, query = rest.partition("?")

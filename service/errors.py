@@ -277,6 +277,18 @@ class IdempotencyConflict(ServiceError):
     slug = "idempotency-conflict"
 
 
+class Unauthenticated(ServiceError):
+    """The call has no key, or none that is valid."""
+
+    slug = "unauthenticated"
+
+
+class Forbidden(ServiceError):
+    """The key is valid, but not for this call."""
+
+    slug = "forbidden"
+
+
 class QueueFull(ServiceError):
     """More images wait than the server takes in."""
 

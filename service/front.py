@@ -3,7 +3,8 @@
 request ──porch──> call ──hatch──> let in ──darkroom──> pixels ──hatch──> answer
 
 `/classify` is read and answered here, `/livez`, `/readyz` and `/metrics` are told of the whole service, and every other
-route is passed on as it is to a worker process. A tenant's calls go to one worker process, where its memory is hot.
+route is passed on as it is, with its key, to a worker process. A tenant's calls go to one worker process, where its
+memory is hot.
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ from core.encoder import Preprocess
 
 from . import loop
 from .api import admin, classify, health, problems
+from .api.guard import Guarded
 from .api.porch import Porch, patience_of
 from .api.schemas import CheckOut, ReadyOut
+from .auth import Gate, claimed_tenant, operator_key_of
 from .classify import ClassifyCall
 from .darkroom import Darkroom
 from .door import Door
-from .errors import DeadlineExceeded, QueueFull, ServiceError
+from .errors import DeadlineExceeded, QueueFull, ServiceError, StoreDown
 from .images import Developed, ImageFault, ImageLimits
 from .lifeline import Lifeline, Plan
 from .metrics import Metrics
 from .settings import DEFAULT_TENANT, Settings
+from .stores.base import StoredKey
 from .window import GRACE_S, RETRY_S, Image, Window, nobody_there
 
 _PROBE_S = 2.0
@@ -88,6 +92,10 @@ class Front:
         self._crowded = settings.batch_images / settings.http_workers
         self._darkroom: Darkroom | None = None
         self._met = asyncio.Event()
+        self._gate: Gate | None = None
+        if settings.auth == "keys":
+            operator_key = operator_key_of(settings)
+            self._gate = Gate(self._find_keys, clock=self.lodge.clock, wall=time.time, operator_key=operator_key)
         self._app = self._furnished(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,6 +122,8 @@ class Front:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._gate is not None:
+                await self._gate.aclose()
             if self._darkroom is not None:
                 self._darkroom.close()
 
@@ -121,6 +131,10 @@ class Front:
 
     async def _answer(self, call: ClassifyCall, key: str | None, digest: str) -> Response:
         return await self._choose(call.tenant, key).answer(call, key, digest)
+
+    async def _find_keys(self, ids: Sequence[str]) -> Sequence[StoredKey | StoreDown | None]:
+        """Have keys looked up by a worker process, any: all have one store."""
+        return await self._home("").find_keys(ids)
 
     def _choose(self, tenant: str, key: str | None) -> Window:
         """Return the tenant's own worker process; where it is crowded and another is much emptier, that one.
@@ -169,7 +183,8 @@ class Front:
     def _furnished(self, settings: Settings) -> FastAPI:
         """Return the application of the routes that are answered here."""
         app = FastAPI(openapi_url=None, redirect_slashes=False)
-        app.state.rooms, app.state.answer = self.lodge, self._answer
+        app.state.rooms, app.state.answer, app.state.gate = self.lodge, self._answer, self._gate
+        app.router.route_class = Guarded
         app.add_middleware(
             Porch,
             max_body_bytes=settings.max_body_bytes,
@@ -240,8 +255,9 @@ def _tenant_of(scope: Scope) -> str:
     _, first, *rest = scope["path"].split("/")
     if first == "tenants" and rest and rest[0]:
         return str(rest[0])
-    named = Headers(scope=scope).get("x-tenant") or QueryParams(scope["query_string"]).get("tenant")
-    return named or DEFAULT_TENANT
+    headers = Headers(scope=scope)
+    named = headers.get("x-tenant") or QueryParams(scope["query_string"]).get("tenant")
+    return named or claimed_tenant(headers.get("authorization", "")) or DEFAULT_TENANT
 
 
 def _patience_s(scope: Scope) -> float | None:

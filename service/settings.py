@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -19,6 +20,9 @@ from pydantic_settings import (
 MIB = 1 << 20
 CONFIG_VARIABLE = "DMN_CONFIG"
 
+OPERATOR_KEY = r"[\x21-\x7e]{20,512}"
+"""What an operator's key has to look like: long enough, and such that a header can carry it."""
+
 DEFAULT_TENANT = "default"
 """The tenant of callers that name none; it always exists, at first without classes."""
 
@@ -28,7 +32,9 @@ _STORE_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel"
 class Settings(BaseSettings):
     """What the operator decides. Every field is `DMN_<NAME>` in the environment and `name` in a TOML file."""
 
-    model_config = SettingsConfigDict(env_prefix="DMN_", frozen=True, extra="forbid", validate_default=True)
+    model_config = SettingsConfigDict(
+        env_prefix="DMN_", frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True
+    )
 
     host: str = Field("127.0.0.1", description="address that the server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port that the server listens on; 0 picks a free one")
@@ -69,8 +75,14 @@ class Settings(BaseSettings):
     embedded_fsync: Literal["everysec", "always"] = Field(
         "everysec", description="how often the embedded store writes to disk; `always` survives a power cut whole"
     )
-    auth: Literal["open"] = Field("open", description="`open`: no keys, and the caller names its tenant")
+    auth: Literal["open", "keys"] = Field(
+        "open", description="`open`: no keys, and the caller names its tenant; `keys`: calls need an API key"
+    )
     auth_insecure: bool = Field(default=False, description="allow `open` on an address that others can reach")
+    operator_key: str = Field(
+        "", repr=False, description="with `keys`, a key that may do everything; at least 20 characters"
+    )
+    operator_key_file: str = Field("", description="file that holds it, instead")
 
     max_images: PositiveInt = Field(64, description="images a call")
     max_views: PositiveInt = Field(64, description="views an image")
@@ -143,6 +155,13 @@ class Settings(BaseSettings):
             raise ValueError(f"must be `memory`, `embedded` or a URL with {', '.join(_STORE_SCHEMES)}")
         return store
 
+    @field_validator("operator_key")
+    @classmethod
+    def _long_enough(cls, key: str) -> str:
+        if key and not re.fullmatch(OPERATOR_KEY, key):
+            raise ValueError("must have 20 to 512 printable ASCII characters and no spaces")
+        return key
+
     @property
     def store_kind(self) -> str:
         """What the store is, without its address: that may hold a password."""
@@ -155,6 +174,8 @@ class Settings(BaseSettings):
                 f"DMN_AUTH=open lets anyone who reaches {self.host} do everything. Listen on 127.0.0.1, or say "
                 "DMN_AUTH_INSECURE=true if something in front of this service signs callers in."
             )
+        if self.operator_key and self.operator_key_file:
+            raise ValueError("Give DMN_OPERATOR_KEY or DMN_OPERATOR_KEY_FILE, not both.")
         known = {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"}
         if not self.image_formats or not known.issuperset(self.image_formats):
             raise ValueError(f"DMN_IMAGE_FORMATS names some of {', '.join(sorted(known))}, separated by commas.")

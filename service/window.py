@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastapi import Response
@@ -17,9 +17,10 @@ from core.encoder import Preprocess
 from . import logs
 from .api.schemas import ReadyOut
 from .classify import ClassifyCall, Delivery
-from .errors import DeadlineExceeded, QueueFull
+from .errors import DeadlineExceeded, QueueFull, StoreDown
 from .hatch import Frame, Line, connect
 from .images import Developed, ImageFault
+from .stores.base import StoredKey
 
 Image = bytes | ImageFault | Delivery
 
@@ -34,6 +35,9 @@ RETRY_S = 1.0
 
 GRACE_S = 1.0
 """A worker process keeps deadlines itself; one that hangs is given so much longer."""
+
+KEYS_S = 10.0
+"""How long a worker process may take to look up keys; the store that it asks has deadlines of its own."""
 
 
 def nobody_there() -> QueueFull:
@@ -133,6 +137,29 @@ class Window:
         finally:
             line.close()
         return None if frame is None else ReadyOut(**frame.head)
+
+    async def find_keys(self, ids: Sequence[str]) -> Sequence[StoredKey | StoreDown | None]:
+        """Return what the worker finds out now about some API keys, as `MemoryStore.find_keys` does.
+
+        Raises:
+            QueueFull: the worker is not there, or no longer.
+            DeadlineExceeded: it does not answer in time.
+        """
+        try:
+            line = await connect(self._path)
+        except OSError as error:
+            raise nobody_there() from error
+        try:
+            line.send({"do": "keys", "ids": list(ids)})
+            async with asyncio.timeout(KEYS_S):
+                frame = await line.receive()
+        except TimeoutError as error:
+            raise DeadlineExceeded("The API key could not be looked up in time.") from error
+        finally:
+            line.close()
+        if frame is None:
+            raise left_alone()
+        return [_found(one) for one in frame.head["found"]]
 
     # What the worker says --------------------------------------------------------------------------------------------
 
@@ -235,6 +262,21 @@ async def _bring(line: Line, send: Send) -> None:
 
 def _preprocess(told: dict[str, Any]) -> Preprocess:
     return Preprocess(**told | {"mean": tuple(told["mean"]), "std": tuple(told["std"])})
+
+
+def told_of(found: StoredKey | StoreDown | None) -> dict[str, Any] | None:
+    """Return what was found out about a key as it is sent; `_found` reads it."""
+    if isinstance(found, StoreDown):
+        return {"fault": found.detail, "retry_after_s": found.retry_after_s}
+    return None if found is None else asdict(found)
+
+
+def _found(told: dict[str, Any] | None) -> StoredKey | StoreDown | None:
+    if told is None:
+        return None
+    if "fault" in told:
+        return StoreDown(told["fault"], retry_after_s=told["retry_after_s"])
+    return StoredKey(**{**told, "scopes": tuple(told["scopes"])})
 
 
 def _told(call: ClassifyCall, key: str | None, digest: str) -> dict[str, Any]:

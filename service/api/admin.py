@@ -27,9 +27,10 @@ from .deps import (
     response_of,
     stamp_out,
 )
+from .guard import Guarded
 from .schemas import ResetIn, ResetOut, SnapshotListOut, SnapshotOut
 
-router = APIRouter(prefix="/admin/memory", tags=["admin"])
+router = APIRouter(prefix="/admin/memory", tags=["admin"], route_class=Guarded)
 
 IMPORT = "/admin/memory/import"
 """Path of the one call whose body goes to disk, and may be larger than any other."""

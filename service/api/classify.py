@@ -8,7 +8,6 @@ from dataclasses import asdict
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..auth import named_tenant
 from ..classify import ClassifyCall, Fault, classify
 from ..desk import Choice, Explanation, Reading
 from ..idempotency import Ledger
@@ -27,6 +26,7 @@ from .deps import (
     stamp_out,
     unless_gone,
 )
+from .guard import Guarded, tenant_of
 from .problems import AllFailed, problem_of
 from .schemas import (
     ClassifyOut,
@@ -42,7 +42,7 @@ from .schemas import (
 Answer = Callable[[ClassifyCall, str | None, str], Coroutine[object, object, Response]]
 """Answers a call that was read, given its idempotency key and digest: here (`answered`), or in another process."""
 
-router = APIRouter(tags=["classify"])
+router = APIRouter(tags=["classify"], route_class=Guarded)
 
 _FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
 _IMAGE = {"type": "object", "properties": {"data": {"type": "string", "format": "byte"}}, "required": ["data"]}
@@ -84,7 +84,7 @@ async def post_classify(request: Request) -> Response:
     rooms: Rooms = request.app.state.rooms
     asked = parsed(_Query, "query", request.query_params)
     asked_in = parsed(CallHeaders, "header", request.headers)
-    tenant, key = named_tenant(asked_in.tenant, asked.tenant), asked_in.key
+    tenant, key = tenant_of(request, asked_in.tenant, asked.tenant), asked_in.key
     deadline = deadline_of(asked_in.deadline_ms, rooms)
     images = await read_images(request, rooms.settings)
     call = ClassifyCall(

@@ -12,11 +12,11 @@ from fastapi import Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..auth import named_tenant
 from ..errors import PROBLEMS, InvalidRequest, ServiceError
 from ..idempotency import Ledger, digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered, Stamp
+from .guard import tenant_of
 from .schemas import StampOut
 
 T = TypeVar("T")
@@ -40,10 +40,11 @@ async def _ledger(request: Request) -> Ledger:
 
 
 async def _tenant(
+    request: Request,
     x_tenant: Annotated[str | None, Header(description="tenant, if not the default one")] = None,
     tenant: Annotated[str | None, Query(description="the same as `X-Tenant`")] = None,
 ) -> str:
-    return named_tenant(x_tenant, tenant)
+    return tenant_of(request, x_tenant, tenant)
 
 
 async def _deadline(

@@ -11,9 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ..errors import StoreDown
 from ..rooms import Rooms
 from .deps import RoomsDep
+from .guard import Guarded
 from .schemas import CheckOut, LiveOut, ReadyOut, VersionOut
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], route_class=Guarded)
 
 
 @router.get("/livez", summary="Whether the process is alive")
@@ -26,14 +27,16 @@ async def live() -> LiveOut:
 async def ready(rooms: RoomsDep, response: Response) -> ReadyOut:
     """Return 200 if images can be classified now, else 503, with each reason.
 
-    While the store is away, they can be where answers go on from hot memories and there are any.
+    While the store is away, they can be where answers go on from hot memories and there are any; but not where keys
+    are asked for, which cannot be looked up then.
     """
     checks = {
         "encoder": CheckOut(ok=True, detail=rooms.encoder.name),
         "store": await _store(rooms),
         "draining": CheckOut(ok=not rooms.batcher.leaving, detail="stopping" if rooms.batcher.leaving else "no"),
     }
-    goes_on = rooms.settings.store_down == "serve" and bool(rooms.archive.tenants)
+    settings = rooms.settings
+    goes_on = settings.store_down == "serve" and settings.auth == "open" and bool(rooms.archive.tenants)
     fine = checks["encoder"].ok and checks["draining"].ok and (checks["store"].ok or goes_on)
     response.status_code = 200 if fine else 503
     return ReadyOut(ready=fine, checks=checks)

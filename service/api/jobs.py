@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from .deps import CursorDep, LimitDep, RoomsDep, TenantDep, page
+from .guard import Guarded
 from .schemas import JobListOut, JobOut
 
-router = APIRouter(prefix="/jobs", tags=["jobs"])
+router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=Guarded)
 
 
 @router.get("", summary="List the latest jobs")

@@ -33,6 +33,7 @@ from .deps import (
     stamp_out,
     unless_gone,
 )
+from .guard import Guarded
 from .problems import AllFailed, problem_of
 from .schemas import (
     AdaptationOut,
@@ -52,7 +53,7 @@ from .schemas import (
     TrainIn,
 )
 
-router = APIRouter(prefix="/memory", tags=["memory"])
+router = APIRouter(prefix="/memory", tags=["memory"], route_class=Guarded)
 
 _UPLOAD = {
     "required": True,

@@ -19,6 +19,7 @@ from ..errors import PROBLEMS, InvalidRequest, NotFound, ServiceError
 from ..images import ImageFault
 from ..metrics import Metrics
 from ..rooms import Rooms
+from .guard import Guarded
 from .schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -29,7 +30,7 @@ DOCUMENTED: dict[str, Any] = {
 }
 """How the OpenAPI document shows every error."""
 
-router = APIRouter(tags=["problems"])
+router = APIRouter(tags=["problems"], route_class=Guarded)
 
 _BY_STATUS = {
     404: "not-found",
@@ -64,6 +65,8 @@ def problem(slug: str, detail: str, *, retry_after: float | None = None, **more:
 def problem_response(told: Problem, headers: dict[str, str] | None = None) -> Response:
     """Return a problem as an answer, with `Retry-After` where waiting helps."""
     extra = {} if told.retry_after is None else {"Retry-After": str(math.ceil(told.retry_after))}
+    if told.status == HTTPStatus.UNAUTHORIZED:
+        extra["WWW-Authenticate"] = "Bearer"
     body = told.model_dump_json(exclude_none=True)
     return Response(body, status_code=told.status, media_type=MEDIA_TYPE, headers={**(headers or {}), **extra})
 

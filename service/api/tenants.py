@@ -9,9 +9,10 @@ from ..auth import named_tenant
 from ..idempotency import digest_of
 from ..stores.base import Remembered
 from .deps import CursorDep, KeyDep, LedgerDep, LimitDep, RoomsDep, cursor_key, cursor_of, json_answer, response_of
+from .guard import Guarded
 from .schemas import AddClassesIn, TenantIn, TenantNameOut, TenantOut, TenantsOut, specs
 
-router = APIRouter(prefix="/tenants", tags=["tenants"])
+router = APIRouter(prefix="/tenants", tags=["tenants"], route_class=Guarded)
 
 
 @router.get("", summary="List the tenants")

@@ -136,6 +136,26 @@ def test_a_password_is_never_shown(url: str, shown: str) -> None:
     assert cli._shown("store", url) == shown
 
 
+def test_config_shows_that_there_is_an_operators_key_and_not_which(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("config", "--json").json["operator_key"] == ""
+    key = "correct-horse-battery-staple"
+    monkeypatch.setenv("DMN_OPERATOR_KEY", key)
+    assert run("config", "--json").json["operator_key"] == "********"
+    assert key not in run("config").out
+
+
+@pytest.mark.parametrize(
+    "key", ["too-short", "x" * 19, "x" * 513, "two words that are long enough", "ключ-оператора-длинный"]
+)
+def test_an_operators_key_that_will_not_do_is_refused_without_being_repeated(
+    run: Run, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("DMN_OPERATOR_KEY", key)
+    line = refused(run("config"))
+    assert line.startswith("DMN_OPERATOR_KEY: ")
+    assert key not in line
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [

@@ -1,0 +1,104 @@
+"""Which route needs which scope, and what sees to it before anything of a request's body is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
+
+from ..auth import Gate, Scope, named_tenant
+
+NEEDS: Mapping[str, Scope | None] = {
+    "/classify": Scope.CLASSIFY,
+    "/memory": Scope.MEMORY,
+    "/memory/dynamic/{name:path}": Scope.MEMORY,
+    "/memory/dynamic/{name:path}/{slot}": Scope.MEMORY,
+    "/memory/static": Scope.MEMORY,
+    "/memory/static/train": Scope.MEMORY,
+    "/memory/static/{shot}": Scope.MEMORY,
+    "/jobs": Scope.MEMORY,
+    "/jobs/{job}": Scope.MEMORY,
+    "/tenants/{tenant}": Scope.ADMIN,
+    "/tenants/{tenant}/classes": Scope.ADMIN,
+    "/tenants/{tenant}/classes/{name:path}": Scope.ADMIN,
+    "/admin/memory/reset": Scope.ADMIN,
+    "/admin/memory/snapshots": Scope.ADMIN,
+    "/admin/memory/snapshots/{snapshot}": Scope.ADMIN,
+    "/admin/memory/snapshots/{snapshot}/restore": Scope.ADMIN,
+    "/admin/memory/export": Scope.ADMIN,
+    "/admin/memory/import": Scope.ADMIN,
+    "/metrics": Scope.METRICS,
+    "/tenants": Scope.OPERATOR,
+    "/livez": None,
+    "/readyz": None,
+    "/version": None,
+    "/problems/{slug}": None,
+}
+"""By the template of its path; None where no key is needed. A route that is not here cannot be made."""
+
+_SCHEME = "key"
+_TENANT = "dmn.tenant"
+"""Where the tenant of a request's key is noted."""
+
+
+class Guarded(APIRoute):
+    """A route that lets in who may: with keys, whoever has one for it; otherwise everyone."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request."""
+        handle, scope = super().get_route_handler(), NEEDS[self.path]
+        if scope is None:
+            return handle
+
+        async def guarded(request: Request) -> Response:
+            gate: Gate | None = request.app.state.gate
+            if gate is not None:
+                await _let_in(request, gate, scope)
+            return await handle(request)
+
+        return guarded
+
+
+def tenant_of(request: Request, header: str | None, query: str | None) -> str:
+    """Return whom a request is for: the tenant that it names, or that of its key, or the default one.
+
+    Raises:
+        InvalidRequest: the name is malformed, or the two differ.
+    """
+    return named_tenant(header, query, request.scope.get(_TENANT, ""))
+
+
+def describe(app: FastAPI, *, keys: bool) -> None:
+    """Have an application's OpenAPI document say how a caller shows its key and, with `keys`, which scope it needs."""
+    plain = app.openapi
+
+    def described() -> dict[str, Any]:
+        told = plain()
+        schemes = told.setdefault("components", {}).setdefault("securitySchemes", {})
+        if _SCHEME in schemes:
+            return told
+        schemes[_SCHEME] = {"type": "http", "scheme": "bearer", "description": "An API key; `dmn keys` makes them."}
+        needs = {path.replace(":path}", "}"): scope for path, scope in NEEDS.items() if keys and scope is not None}
+        for path, item in told["paths"].items():
+            for operation in item.values() if path in needs else ():
+                operation["security"] = [{_SCHEME: [needs[path].value]}]
+        return told
+
+    app.openapi = described  # type: ignore[method-assign]
+
+
+async def _let_in(request: Request, gate: Gate, scope: Scope) -> None:
+    """Return if the caller may, and note for whom.
+
+    Raises:
+        Unauthenticated, Forbidden, StoreDown: as `Gate.admit` and `Caller.speak_for` do.
+    """
+    caller = await gate.admit(request.headers.getlist("authorization"), scope)
+    # Wherever a tenant can be named, and however often: the route may look at one of them alone, or at none.
+    named = [*request.headers.getlist("x-tenant"), *request.query_params.getlist("tenant")]
+    if "tenant" in request.path_params:
+        named.append(request.path_params["tenant"])
+    caller.speak_for(named)
+    request.scope[_TENANT] = caller.tenant
