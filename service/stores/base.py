@@ -363,6 +363,45 @@ class StoredKey:
         return tenant_of_key(self.id)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Quota:
+    """How much of a tenant's work is let in, in images times views; 0 stands for no limit.
+
+    `rate` a second in the long run, `burst` at once after a pause, `concurrent` at work at a time.
+    """
+
+    rate: float = 0.0
+    burst: int = 0
+    concurrent: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lease:
+    """Room for images that are at work; nobody else's has this id."""
+
+    id: str
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allowance:
+    """What a store says to images that want in, and what is left once they are in, or are not.
+
+    They are `let_in` unless they have to wait `wait_s` seconds for tokens, or there is no room beside the `held` images
+    that are at work (`crowded`).
+    """
+
+    wait_s: float
+    crowded: bool
+    tokens: float
+    held: int
+
+    @property
+    def let_in(self) -> bool:
+        """Whether they are in."""
+        return not self.wait_s and not self.crowded
+
+
 class ReloadNeeded(Exception):
     """The worker's copy is of another life, or too far behind: load the memory anew."""
 
@@ -540,6 +579,23 @@ class MemoryStore(Protocol):
 
     async def drop_key(self, id_: str) -> bool:
         """Remove an API key; return whether it was there."""
+
+    async def admit(
+        self, tenant: str, quota: Quota, images: int, lease: Lease, *, lasts_s: float, over: Sequence[Lease] = ()
+    ) -> Allowance:
+        """Let images in, or say why not: then nothing is spent, and nothing held.
+
+        The bucket and the leases are the tenant's, whoever asks. What is let in is at work under the lease, where
+        `concurrent` is limited, until the lease is released or was not renewed for `lasts_s`. Leases that are `over`
+        are released first. The same lease is let in once, however often it is asked for; without a limit of
+        `concurrent` a call that is repeated may be charged again.
+        """
+
+    async def renew(self, tenant: str, leases: Sequence[Lease], *, lasts_s: float) -> None:
+        """Let leases last so long from now; those that have ended stay so."""
+
+    async def release(self, tenant: str, leases: Sequence[Lease]) -> None:
+        """Give leases back, if they have not ended yet."""
 
     async def ping(self) -> None:
         """Return if the store answers.

@@ -85,6 +85,12 @@ class Keys:
         """Return the key that is there while someone sees to something."""
         return f"{self._root}:claim:{what}"
 
+    @property
+    def quota(self) -> tuple[str, str, str]:
+        """Token bucket (hash), leases of images at work (sorted set, lease -> its end), and how many these are."""
+        root = f"{self._root}:quota"
+        return f"{root}:bucket", f"{root}:leases", f"{root}:held"
+
     def shots(self, pile: int) -> tuple[str, str, str]:
         """Hashes by shot id: class id and size of the image, feature bytes, image bytes."""
         root = f"{self._root}:s{pile}"

@@ -12,12 +12,15 @@ from ..errors import StoreDown
 from ..tenants import TenantConfig
 from .base import (
     SEED,
+    Allowance,
     Change,
     Conflict,
     Count,
     Job,
+    Lease,
     PushCandidate,
     Pushed,
+    Quota,
     ReloadNeeded,
     Remembered,
     SnapshotInfo,
@@ -35,6 +38,7 @@ from .base import (
     digest_of,
     shown_of,
 )
+from .limits import OwnLimits
 
 LOG_LENGTH = 2048
 """Slot changes kept for workers that are behind; one further behind loads anew."""
@@ -73,6 +77,7 @@ class InProcessStore:
         self._clock = clock
         self._claims: dict[tuple[str, str], float] = {}
         self._keys: dict[str, StoredKey] = {}
+        self._limits = OwnLimits(clock)
 
     async def get(self, tenant: str) -> TenantRecord | None:
         held = self._tenants.get(tenant)
@@ -330,6 +335,17 @@ class InProcessStore:
 
     async def drop_key(self, id_: str) -> bool:
         return self._keys.pop(id_, None) is not None
+
+    async def admit(
+        self, tenant: str, quota: Quota, images: int, lease: Lease, *, lasts_s: float, over: Sequence[Lease] = ()
+    ) -> Allowance:
+        return self._limits.admit(tenant, quota, images, lease, lasts_s=lasts_s, over=over)
+
+    async def renew(self, tenant: str, leases: Sequence[Lease], *, lasts_s: float) -> None:
+        self._limits.renew(tenant, leases, lasts_s=lasts_s)
+
+    async def release(self, tenant: str, leases: Sequence[Lease]) -> None:
+        self._limits.release(tenant, leases)
 
     async def ping(self) -> None:
         """Return: this process is here."""

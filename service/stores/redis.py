@@ -27,13 +27,16 @@ from ..tenants import TenantConfig
 from .base import (
     OFFSETS,
     SEED,
+    Allowance,
     Change,
     Conflict,
     Count,
     Job,
     JobState,
+    Lease,
     PushCandidate,
     Pushed,
+    Quota,
     ReloadNeeded,
     Remembered,
     SnapshotInfo,
@@ -56,6 +59,7 @@ from .connection import check
 from .counters import Counters
 from .faults import FAULTS, down
 from .keys import KEYED, TENANTS, Keys
+from .limits import Limits
 
 T = TypeVar("T")
 Reply = Any
@@ -125,6 +129,7 @@ class RedisStore:
         self._scripts = {file.name: file.read_text() for file in files(__package__).joinpath("lua").iterdir()}
         self._known: dict[tuple[str, int], _Places] = {}
         self._counters = Counters(self._client, self._run, self._do, clock)
+        self._limits = Limits(self._run)
 
     async def get(self, tenant: str) -> TenantRecord | None:
         fields = await self._do(self._client.hgetall(Keys(tenant).config))
@@ -430,6 +435,17 @@ class RedisStore:
         there = await self._do(self._client.hdel(Keys(tenant).api_keys, id_))
         await self._unlist(tenant)
         return bool(there)
+
+    async def admit(
+        self, tenant: str, quota: Quota, images: int, lease: Lease, *, lasts_s: float, over: Sequence[Lease] = ()
+    ) -> Allowance:
+        return await self._limits.admit(Keys(tenant), quota, images, lease, lasts_s=lasts_s, over=over)
+
+    async def renew(self, tenant: str, leases: Sequence[Lease], *, lasts_s: float) -> None:
+        await self._limits.renew(Keys(tenant), leases, lasts_s=lasts_s)
+
+    async def release(self, tenant: str, leases: Sequence[Lease]) -> None:
+        await self._limits.release(Keys(tenant), leases)
 
     async def ping(self) -> None:
         await self._do(self._client.ping())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -18,10 +19,15 @@ from tests.servers import BINARIES, cluster, server
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A store, and how time passes for it: `later(seconds)`."""
+    """A store, and how time passes for it: `later(seconds)`. `replica` is the same store as another process has it.
+
+    `now` is the time by which quotas go: the test's in this process, else the server's own.
+    """
 
     store: MemoryStore
     later: Callable[[float], None]
+    replica: MemoryStore
+    now: Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,7 @@ async def _in_process(remember_s: float, remember_bytes: int) -> AsyncIterator[O
         now += seconds
 
     store = InProcessStore(clock=lambda: now, remember_s=remember_s, remember_bytes=remember_bytes)
-    yield Opened(store=store, later=later)
+    yield Opened(store=store, later=later, replica=store, now=lambda: now)
     await store.aclose()
 
 
@@ -56,13 +62,16 @@ def _served(url: str) -> Callable[[float, int], AbstractAsyncContextManager[Open
             nonlocal now
             now += seconds
 
-        client = connect(url)
-        await client.flushall()
-        store = RedisStore(client, clock=lambda: now, remember_s=remember_s, remember_bytes=remember_bytes)
+        def made() -> RedisStore:
+            return RedisStore(connect(url), clock=lambda: now, remember_s=remember_s, remember_bytes=remember_bytes)
+
+        store, replica = made(), made()
         try:
-            yield Opened(store=store, later=later)
+            await store._client.flushall()
+            yield Opened(store=store, later=later, replica=replica, now=time.monotonic)
         finally:
             await store.aclose()
+            await replica.aclose()
 
     return opened
 
