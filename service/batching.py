@@ -57,7 +57,7 @@ class Batcher:
         tenant_images: int,
         wait_s: float,
     ) -> None:
-        self._worker, self._encode, self._metrics, self._clock = worker, encode, metrics, clock
+        self._worker, self._encode, self.metrics, self._clock = worker, encode, metrics, clock
         self._batch_images, self._queue_images, self._wait_s = batch_images, queue_images, wait_s
         self._tenant_images = tenant_images
         self._waiting: Turns[_Item] = Turns()
@@ -186,14 +186,14 @@ class Batcher:
     async def _deliver(self, batch: list[_Item]) -> None:
         start = self._clock()
         for item in batch:
-            self._metrics.observe_stage("queue", start - item.queued, item.timings)
+            self.metrics.observe_stage("queue", start - item.queued, item.timings)
         size = sum(len(item.pixels) for item in batch)
-        self._metrics.batch_images.observe(size)
+        self.metrics.batch_images.observe(size)
         results = await self._worker.run(encode_each, self._encode, [item.pixels for item in batch])
         seconds = self._clock() - start
         self._learn_rate(size / max(seconds, 1e-6))
         for item, result in zip(batch, results, strict=True):
-            self._metrics.observe_stage("encode", seconds, item.timings)
+            self.metrics.observe_stage("encode", seconds, item.timings)
             if item.future.done():
                 continue
             if isinstance(result, ServiceError):
@@ -214,10 +214,10 @@ class Batcher:
         self._taken[tenant] += images
         if not self._taken[tenant]:
             del self._taken[tenant]
-        self._metrics.inflight_images.set(self.taken)
+        self.metrics.inflight_images.set(self.taken)
 
     def _count_waiting(self) -> None:
-        self._metrics.queue_images.set(sum(len(item.pixels) for item in self._waiting))
+        self.metrics.queue_images.set(sum(len(item.pixels) for item in self._waiting))
 
 
 def _stopping() -> Draining:

@@ -7,15 +7,20 @@ import math
 from collections.abc import Callable
 from socket import socket
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import uvicorn
 from rich.console import Console
 
 from . import logs
+from .doorstep import Doorstep, Patience
+from .metrics import Metrics
 from .settings import Settings
 
 Address = tuple[str, int]
+
+_TICKS = 10
+"""Of uvicorn's, which are a second."""
 
 
 class Gate(Protocol):
@@ -24,19 +29,35 @@ class Gate(Protocol):
     leaving: bool
     draining: bool
 
+    @property
+    def metrics(self) -> Metrics:
+        """Where those are counted whom the doorstep turns away."""
+
 
 class Door(uvicorn.Server):
     """Turns readiness off first when told to stop, so that a balancer looks elsewhere before the door closes."""
 
     def __init__(self, app: Any, settings: Settings, gate: Gate, opened: Callable[[Address], None]) -> None:
+        self._step = Doorstep(
+            patience=Patience(
+                callers=math.ceil(settings.max_connections / max(1, settings.http_workers)),
+                head_s=settings.header_timeout_s,
+                head_bytes=settings.max_header_bytes,
+                answer_s=settings.deadline_ms / 1000,
+            ),
+            turned_away=lambda slug: gate.metrics.rejected.labels(slug).inc(),
+        )
         super().__init__(
             uvicorn.Config(
                 app,
+                http=cast("Any", self._step.caller),
+                ws="none",
                 host=settings.host,
                 port=settings.port,
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=math.ceil(settings.keep_alive_s),
                 proxy_headers=False,  # nobody asks where a call comes from
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
             )
@@ -48,6 +69,12 @@ class Door(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._opened(self.servers[0].sockets[0].getsockname()[:2])
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look at the doorstep every second."""
+        if counter % _TICKS == 0:
+            self._step.sweep(asyncio.get_running_loop().time())
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - both signals mean the same
         """Stop in steps at the first signal, and at once at the second.

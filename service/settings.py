@@ -112,6 +112,12 @@ class Settings(BaseSettings):
     batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
     decode_workers: PositiveInt = Field(min(8, os.cpu_count() or 1), description="threads that decode images")
     deadline_ms: PositiveFloat = Field(30_000.0, description="time for a call without `X-Deadline-Ms`")
+    max_connections: PositiveInt = Field(1000, description="open connections")
+    max_header_bytes: PositiveInt = Field(65_536, description="bytes of a request's URL and headers")
+    header_timeout_s: PositiveFloat = Field(10.0, description="time for a request's URL and headers to arrive")
+    keep_alive_s: PositiveFloat = Field(
+        75.0, description="time that an idle connection stays open; longer than the balancer's"
+    )
     drain_delay_s: float = Field(1.0, ge=0, description="between readiness going off and refusing new work")
     drain_timeout_s: PositiveFloat = Field(30.0, description="time for work in flight to finish when stopping")
 

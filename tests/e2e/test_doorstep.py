@@ -1,0 +1,26 @@
+"""Slow callers at the real command, in one process and in several."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import closing
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from tests.command import PATIENCE_S, Command
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_half_a_head_is_given_up_while_others_are_answered(workers: str) -> None:
+    settings = {"DMN_HTTP_WORKERS": workers, "DMN_HEADER_TIMEOUT_S": "0.5", "DMN_DRAIN_DELAY_S": "0"}
+    with Command("fake", "serve", "--port", "0", **settings) as command:
+        url = command.url()
+        at = urlsplit(url)
+        with closing(socket.create_connection((at.hostname, at.port), PATIENCE_S)) as slow:
+            slow.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nX-")
+            assert httpx.get(f"{url}/livez", trust_env=False).status_code == 200
+            told = b"".join(iter(lambda: slow.recv(4096), b""))
+        assert told.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+        assert b"Traceback" not in "".join(command.err).encode()
