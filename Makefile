@@ -49,7 +49,7 @@ $(VENV)/.serve: $(VENV)/bin/python pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,cpu,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,cpu,otel,dev]'
 	@touch $@ $(VENV)/.serve
 
 $(VENV)/.bench: $(VENV)/.dev

@@ -25,6 +25,7 @@ from .errors import (
     UnknownTenant,
 )
 from .images import ImageFault
+from .metrics import Lap
 from .rooms import Rooms
 from .settings import DEFAULT_TENANT
 from .stores.base import (
@@ -141,9 +142,14 @@ async def add_shots(
         part = labelled[start : start + step]
         with rooms.batcher.admit(len(part), tenant=tenant):
             keep = record.config.retention == "images"
-            walks += await each(
-                [partial(_walk, rooms, tenant, one, deadline, keep=keep) for one in part], rooms, deadline
-            )
+            laps: list[list[Lap]] = [[] for _ in part]
+            ways = [
+                partial(_walk, rooms, tenant, one, deadline, own, keep=keep)
+                for one, own in zip(part, laps, strict=True)
+            ]
+            walks += await each(ways, rooms, deadline)
+            if rooms.traces is not None:
+                rooms.traces.stages(laps)
     count_faults(rooms, walks)
     await _store_shots(rooms, tenant, [shot for shot in walks if isinstance(shot, StoredShot)])
     stamp = await _labelled(rooms, tenant)
@@ -351,13 +357,14 @@ async def _soon(rooms: Rooms, tenant: str) -> Job | None:
     return None
 
 
-async def _walk(rooms: Rooms, tenant: str, one: LabelledImage, deadline: float, *, keep: bool) -> StoredShot:
+async def _walk(
+    rooms: Rooms, tenant: str, one: LabelledImage, deadline: float, laps: list[Lap], *, keep: bool
+) -> StoredShot:
     if isinstance(one.image, ImageFault):
         raise one.image
-    timings: dict[str, float] = {}
-    with rooms.metrics.stage("decode", timings):
+    with rooms.metrics.stage("decode", laps):
         developed = await rooms.darkroom.develop(one.image, tenant=tenant)
-    feature = (await rooms.batcher.encode(developed.pixels, tenant=tenant, deadline=deadline, timings=timings))[0]
+    feature = (await rooms.batcher.encode(developed.pixels, tenant=tenant, deadline=deadline, laps=laps))[0]
     own = class_id(one.label)
     return StoredShot(
         id=hashlib.sha256(f"{own}/{developed.digest}".encode()).hexdigest()[:20],

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 from fastapi import FastAPI
@@ -18,7 +19,7 @@ from core import openclip
 from core.backends import Runtime
 from core.encoder import Encoder
 
-from . import adapt, logs
+from . import adapt, logs, tracing
 from .api import admin, classify, health, jobs, memory, problems, tenants
 from .api.guard import describe
 from .api.porch import Porch
@@ -43,6 +44,9 @@ from .stores.redis import RedisStore
 from .stores.watched import watched
 from .texts import TextFeatures
 from .worker import Worker, choose_device
+
+if TYPE_CHECKING:
+    from .spans import Spans
 
 NAME = "dmn-clip-service"
 
@@ -72,6 +76,8 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         responses={422: problems.DOCUMENTED, "default": problems.DOCUMENTED},
+        # Its own spans, where it makes any, hold addresses and the texts of errors; ours do not (service/spans.py).
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.add_middleware(
         Porch,
@@ -94,18 +100,18 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
     Raises:
         EncoderUnavailable: the encoder cannot be had.
         StoreDown: the store does not answer, or cannot be started.
-        ValueError: the device cannot be used.
+        ValueError: the device cannot be used, or traces cannot be sent.
     """
     settings = settled(settings)
     worker = Worker()
     try:
         device = choose_device(settings.device)
         # First what fails fast: an encoder takes its time.
-        async with _open_store(settings) as store:
+        async with tracing.opened(settings) as traces, _open_store(settings) as store:
             loaded = encoder
             if loaded is None:
                 loaded = await worker.run(load_encoder, settings, device)
-            rooms = _furnish(settings, loaded, worker, store)
+            rooms = _furnish(settings, loaded, worker, store, traces)
             await worker.run(_warm_up, loaded)
             await adapt.ensure_default(rooms)
             rooms.batcher.start()
@@ -167,7 +173,7 @@ async def _leave(rooms: Rooms) -> None:
     logs.event(logs.STOPPED)
 
 
-def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore) -> Rooms:
+def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore, traces: Spans | None) -> Rooms:
     disable_created_metrics()  # a second series beside each counter, which nobody asks for
     metrics, clock = Metrics(CollectorRegistry()), time.monotonic
     store = watched(store, metrics, clock)
@@ -221,6 +227,7 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         dock=asyncio.Lock(),
         tutor=asyncio.Lock(),
         metrics=metrics,
+        traces=traces,
         clock=clock,
         wall=time.time,
     )

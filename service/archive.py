@@ -31,7 +31,7 @@ from core.static import Shots, StaticMemory
 from . import logs
 from .errors import FingerprintMismatch, NoClasses, StoreDown, UnknownTenant
 from .locks import KeyedLocks
-from .metrics import Metrics
+from .metrics import Lap, Metrics
 from .stores.base import (
     OFFSETS,
     Change,
@@ -149,7 +149,7 @@ class Archive:
             yield
 
     @asynccontextmanager
-    async def open(self, tenant: str, timings: dict[str, float] | None = None) -> AsyncIterator[HotMemory]:
+    async def open(self, tenant: str, laps: list[Lap] | None = None) -> AsyncIterator[HotMemory]:
         """Hold a tenant's hot memory, loaded and no older than the setting says, or marked as `away` from the store.
 
         Raises:
@@ -159,7 +159,7 @@ class Archive:
             StoreDown: the memory is not hot, or must not be read unasked, and the store does not answer.
         """
         async with self.exclusive(tenant):
-            with self._metrics.stage("store", timings):
+            with self._metrics.stage("store", laps):
                 hot = await self._fresh(tenant)
             try:
                 yield hot

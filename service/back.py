@@ -157,6 +157,7 @@ class _Counter:
 
     async def _answer(self, line: Line, head: dict[str, Any], images: Sequence[_Sent]) -> None:
         logs.request_id.set(head["request_id"])
+        logs.traceparent.set(head["traceparent"])
         call = ClassifyCall(
             tenant=head["tenant"],
             images=images,

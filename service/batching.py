@@ -23,7 +23,7 @@ from core.numerics import checked_unit
 
 from . import logs
 from .errors import DeadlineExceeded, Draining, Internal, InvalidRequest, QueueFull, ServiceError
-from .metrics import Metrics
+from .metrics import Lap, Metrics
 from .turns import Turns
 from .worker import Worker
 
@@ -38,7 +38,7 @@ class _Item:
     pixels: Tensor
     deadline: float
     queued: float
-    timings: dict[str, float]
+    laps: list[Lap]
     future: asyncio.Future[Tensor] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -121,7 +121,7 @@ class Batcher:
         seconds = self.taken / self._rate if self._rate else 1.0
         return float(min(_LONGEST_RETRY_S, max(1.0, math.ceil(seconds))))
 
-    async def encode(self, pixels: Tensor, *, tenant: str, deadline: float, timings: dict[str, float]) -> Tensor:
+    async def encode(self, pixels: Tensor, *, tenant: str, deadline: float, laps: list[Lap]) -> Tensor:
         """Return the features (v, d) of an image's views (v, 3, h, w).
 
         Raises:
@@ -130,7 +130,7 @@ class Batcher:
         """
         if self._closed:
             raise _stopping()
-        item = _Item(pixels=pixels, deadline=deadline, queued=self._clock(), timings=timings)
+        item = _Item(pixels=pixels, deadline=deadline, queued=self._clock(), laps=laps)
         self._waiting.put(tenant, item)
         self._count_waiting()
         self._arrived.set()
@@ -186,14 +186,14 @@ class Batcher:
     async def _deliver(self, batch: list[_Item]) -> None:
         start = self._clock()
         for item in batch:
-            self.metrics.observe_stage("queue", start - item.queued, item.timings)
+            self.metrics.observe_stage("queue", start - item.queued, item.laps)
         size = sum(len(item.pixels) for item in batch)
         self.metrics.batch_images.observe(size)
         results = await self._worker.run(encode_each, self._encode, [item.pixels for item in batch])
         seconds = self._clock() - start
         self._learn_rate(size / max(seconds, 1e-6))
         for item, result in zip(batch, results, strict=True):
-            self.metrics.observe_stage("encode", seconds, item.timings)
+            self.metrics.observe_stage("encode", seconds, item.laps)
             if item.future.done():
                 continue
             if isinstance(result, ServiceError):

@@ -17,6 +17,7 @@ from . import logs, upkeep
 from .desk import Question, Reading
 from .errors import DeadlineExceeded, Internal, LimitExceeded, NoClasses, ServiceError, TooManyImages
 from .images import Developed, ImageFault
+from .metrics import Lap
 from .rooms import Rooms
 from .settings import Settings
 
@@ -64,10 +65,15 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
         raise LimitExceeded(f"{call.views} views were asked for; at most {rooms.settings.max_views} are allowed.")
     with rooms.batcher.admit(len(call.images) * call.views, tenant=call.tenant):
         await _check_tenant(rooms, call.tenant)
-        encoded = await each([partial(_encode, rooms, call, image) for image in call.images], rooms, call.deadline)
+        laps: list[list[Lap]] = [[] for _ in call.images]
+        walks = [partial(_encode, rooms, call, *one) for one in zip(call.images, laps, strict=True)]
+        encoded = await each(walks, rooms, call.deadline)
         # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
         results = await each([partial(_read, rooms, call, one) for one in encoded], rooms, call.deadline)
     count_faults(rooms, results)
+    if rooms.traces is not None:
+        told = (result.laps if isinstance(result, Reading) else () for result in results)
+        rooms.traces.stages([whole or own for whole, own in zip(told, laps, strict=True)])
     if any(isinstance(result, Reading) and result.due for result in results):
         with suppress(ServiceError):  # the answer stands; the next one who meets the memory tries again
             await upkeep.resume(rooms, call.tenant)
@@ -76,33 +82,32 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Encoded:
-    """An image on its way to the desk, and the seconds it took so far, by stage."""
+    """An image on its way to the desk, and its laps so far."""
 
     question: Question
-    timings: dict[str, float]
+    laps: list[Lap]
 
 
-async def _encode(rooms: Rooms, call: ClassifyCall, image: bytes | ImageFault | Delivery) -> _Encoded:
+async def _encode(rooms: Rooms, call: ClassifyCall, image: bytes | ImageFault | Delivery, laps: list[Lap]) -> _Encoded:
     if isinstance(image, ImageFault):
         raise image
-    timings: dict[str, float] = {}
-    with rooms.metrics.stage("decode", timings):
+    with rooms.metrics.stage("decode", laps):
         if isinstance(image, bytes):
             developed = await rooms.darkroom.develop(image, tenant=call.tenant, views=call.views)
         else:
             developed = await image.developed()
-    features = await rooms.batcher.encode(developed.pixels, tenant=call.tenant, deadline=call.deadline, timings=timings)
+    features = await rooms.batcher.encode(developed.pixels, tenant=call.tenant, deadline=call.deadline, laps=laps)
     question = Question(
         views=features, digest=developed.digest, learn=call.learn, explain=call.explain, top_k=call.top_k
     )
-    return _Encoded(question=question, timings=timings)
+    return _Encoded(question=question, laps=laps)
 
 
 async def _read(rooms: Rooms, call: ClassifyCall, encoded: _Encoded | Fault) -> Reading:
     if not isinstance(encoded, _Encoded):
         raise encoded
     reading = await rooms.desk.ask(call.tenant, encoded.question)
-    reading.timings.update(encoded.timings)
+    reading.laps[:0] = encoded.laps
     rooms.metrics.predictions.labels(_agreement(reading)).inc()
     return reading
 

@@ -28,7 +28,7 @@ from core.static import Shots
 from . import logs
 from .archive import Archive, HotMemory
 from .errors import Contended, ServiceError, StoreAway, StoreDown
-from .metrics import Metrics
+from .metrics import Lap, Metrics
 from .outbox import Outbox
 from .stores.base import MemoryStore, PushCandidate, ReloadNeeded, Stamp, StoredSlot, Verdict
 from .worker import Worker
@@ -99,7 +99,7 @@ class Reading:
     stamp: Stamp
     stale: bool
     due: bool
-    timings: dict[str, float]
+    laps: list[Lap]
 
     @property
     def fused(self) -> Choice:
@@ -193,12 +193,12 @@ class Desk:
         tries = 0
         while queue:
             group: list[_Waiting] = []
-            timings: dict[str, float] = {}
+            laps: list[Lap] = []
             try:
-                async with self._archive.open(tenant, timings) as hot:
+                async with self._archive.open(tenant, laps) as hot:
                     await self._catch_up(hot)
                     group = _take(queue)
-                    await self._answer(hot, group, timings)
+                    await self._answer(hot, group, laps)
                 tries = 0
             except ReloadNeeded:
                 # The memory began a new life between its reading and the push: nothing was written; read it again.
@@ -212,11 +212,11 @@ class Desk:
                 _fail(queue, error)
         del self._queues[tenant]
 
-    async def _answer(self, hot: HotMemory, group: list[_Waiting], timings: dict[str, float]) -> None:
-        answers, said, group = await self._read(hot, group, timings)
+    async def _answer(self, hot: HotMemory, group: list[_Waiting], laps: list[Lap]) -> None:
+        answers, said, group = await self._read(hot, group, laps)
         if answers is None:
             return
-        with self._metrics.stage("store", timings):
+        with self._metrics.stage("store", laps):
             learned = await self._learn(hot, group, answers)
         if answers.adapted is not None:
             await self._worker.run(_count, hot, [waiting.question for waiting in group], answers.adapted)
@@ -236,18 +236,18 @@ class Desk:
                 stamp=hot.stamp,
                 stale=hot.stale,
                 due=hot.due,
-                timings=dict(timings),
+                laps=[*laps],
             )
             waiting.future.set_result(reading)
 
     async def _read(
-        self, hot: HotMemory, group: list[_Waiting], timings: dict[str, float]
+        self, hot: HotMemory, group: list[_Waiting], laps: list[Lap]
     ) -> tuple[Answers | None, list[_Said], list[_Waiting]]:
         """Return the answers to those of a group who wait to the end; who leaves meanwhile leaves no trace in them."""
         while group:
             questions = [waiting.question for waiting in group]
             room = self._room(hot)
-            with self._metrics.stage("memory", timings):
+            with self._metrics.stage("memory", laps):
                 answers, said = await self._worker.run(_classify, hot, questions, room)
             stay = [waiting for waiting in group if not waiting.future.done()]
             if len(stay) == len(group):

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
@@ -25,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from core.encoder import Preprocess
 
-from . import loop
+from . import loop, tracing
 from .api import admin, classify, health, problems
 from .api.guard import Guarded
 from .api.porch import Porch, patience_of
@@ -42,6 +43,9 @@ from .settings import DEFAULT_TENANT, Settings
 from .stores.base import StoredKey
 from .window import GRACE_S, RETRY_S, Image, Window, nobody_there
 
+if TYPE_CHECKING:
+    from .spans import Spans
+
 _PROBE_S = 2.0
 """How long a worker process may take to say that it is ready."""
 
@@ -51,11 +55,20 @@ _FAULT = "dmn.fault"
 
 
 async def attend(plan: Plan, lifeline: Lifeline) -> int:
-    """Serve over HTTP until told to stop or left alone, and return the exit status."""
+    """Serve over HTTP until told to stop or left alone, and return the exit status.
+
+    Raises:
+        ValueError: traces cannot be sent.
+    """
     disable_created_metrics()
     of_all = CollectorRegistry()
     MultiProcessCollector(of_all)  # reads the files in which each process keeps its own
-    front = Front(plan.settings, plan.hatches, Metrics(CollectorRegistry()), of_all)
+    async with tracing.opened(plan.settings) as traces:
+        front = Front(plan.settings, plan.hatches, Metrics(CollectorRegistry()), of_all, traces)
+        return await _attend(front, plan, lifeline)
+
+
+async def _attend(front: Front, plan: Plan, lifeline: Lifeline) -> int:
     door = Door(front, plan.settings, front.lodge, lambda _: lifeline.ready({}))
     async with front.in_touch() as met:
         alone = asyncio.create_task(lifeline.cut(door.close))
@@ -69,8 +82,8 @@ async def attend(plan: Plan, lifeline: Lifeline) -> int:
 class Lodge:
     """What the porch asks of the rooms, where there are none: it stands for them, and for their `batcher`."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, clock: Callable[[], float]) -> None:
-        self.settings, self.metrics, self.clock = settings, metrics, clock
+    def __init__(self, settings: Settings, metrics: Metrics, traces: Spans | None, clock: Callable[[], float]) -> None:
+        self.settings, self.metrics, self.traces, self.clock = settings, metrics, traces, clock
         self.leaving = self.draining = False
 
     @property
@@ -86,8 +99,15 @@ class Lodge:
 class Front:
     """The web application of an HTTP process, as ASGI has it; `/metrics` shows what is in the registry `shown`."""
 
-    def __init__(self, settings: Settings, hatches: Sequence[str], metrics: Metrics, shown: CollectorRegistry) -> None:
-        self.lodge, self._shown = Lodge(settings, metrics, time.monotonic), shown
+    def __init__(
+        self,
+        settings: Settings,
+        hatches: Sequence[str],
+        metrics: Metrics,
+        shown: CollectorRegistry,
+        traces: Spans | None = None,
+    ) -> None:
+        self.lodge, self._shown = Lodge(settings, metrics, traces, time.monotonic), shown
         self._windows = [Window(path, self._develop, self.lodge.clock) for path in hatches]
         self._crowded = settings.batch_images / settings.http_workers
         self._darkroom: Darkroom | None = None
@@ -182,7 +202,11 @@ class Front:
 
     def _furnished(self, settings: Settings) -> FastAPI:
         """Return the application of the routes that are answered here."""
-        app = FastAPI(openapi_url=None, redirect_slashes=False)
+        app = FastAPI(
+            openapi_url=None,
+            redirect_slashes=False,
+            telemetry={"tracing": False, "metrics": False, "logs": False},  # as in create_app
+        )
         app.state.rooms, app.state.answer, app.state.gate = self.lodge, self._answer, self._gate
         app.router.route_class = Guarded
         app.add_middleware(

@@ -12,6 +12,9 @@ from typing import Literal, TextIO
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Id of the request at hand; set by the porch."""
 
+traceparent: ContextVar[str] = ContextVar("traceparent", default="")
+"""Span of the request at hand, as W3C's header of that name writes it; set by the porch while there are traces."""
+
 STARTED = "dmn.service.started"
 STOPPED = "dmn.service.stopped"
 ENCODER_SLOWER = "dmn.encoder.slower"

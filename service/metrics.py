@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from time import perf_counter
+from time import perf_counter, time_ns
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -12,6 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 STAGES = ("decode", "queue", "encode", "memory", "store")
 OUTCOMES = ("filled", "replaced", "rejected", "duplicate", "skipped", "pending", "lost")
 AGREEMENTS = ("all", "text_dynamic", "text_static", "dynamic_static", "none")
+
+Lap = tuple[str, float, int]
+"""One stage of an image's way: its name, the seconds that it took, and when it ended, in nanoseconds since 1970."""
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -68,19 +71,19 @@ class Metrics:
         self._zeros()
 
     @contextmanager
-    def stage(self, name: str, into: dict[str, float] | None = None) -> Iterator[None]:
-        """Time one stage, in seconds, into its histogram and into a request's own timings."""
+    def stage(self, name: str, into: list[Lap] | None = None) -> Iterator[None]:
+        """Time one stage, in seconds, into its histogram and into a request's own laps."""
         start = perf_counter()
         try:
             yield
         finally:
             self.observe_stage(name, perf_counter() - start, into)
 
-    def observe_stage(self, name: str, seconds: float, into: dict[str, float] | None = None) -> None:
-        """Record the time of one stage, in seconds, that was taken elsewhere."""
+    def observe_stage(self, name: str, seconds: float, into: list[Lap] | None = None) -> None:
+        """Record the time of one stage that ends now, in seconds, that was taken elsewhere."""
         self.stage_seconds.labels(name).observe(seconds)
         if into is not None:
-            into[name] = into.get(name, 0.0) + seconds
+            into.append((name, seconds, time_ns()))
 
     def _zeros(self) -> None:
         """Start the series whose labels are known, so that a rate over them is 0 and not absent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from core.encoder import Encoder
 
@@ -19,6 +20,9 @@ from .stores.base import MemoryStore
 from .texts import TextFeatures
 from .worker import Worker
 
+if TYPE_CHECKING:
+    from .spans import Spans
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rooms:
@@ -26,7 +30,7 @@ class Rooms:
 
     `clock` is monotonic and `wall` is wall time, both in seconds. `carrier` is held by whoever has a whole memory in
     hand, `dock` by whoever receives one: one at a time, so that neither memory nor disk fill up. `tutor` is held by who
-    trains on the device.
+    trains on the device. `traces` are None while nobody asks for them.
     """
 
     settings: Settings
@@ -43,5 +47,6 @@ class Rooms:
     dock: asyncio.Lock
     tutor: asyncio.Lock
     metrics: Metrics
+    traces: Spans | None
     clock: Callable[[], float]
     wall: Callable[[], float]

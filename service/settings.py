@@ -135,6 +135,9 @@ class Settings(BaseSettings):
     idempotency_ttl_s: PositiveFloat = Field(86_400.0, description="how long an answer stands for its key")
     idempotency_max_bytes: PositiveInt = Field(64 * MIB, description="answers kept for their keys, all tenants")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
+    traces: Literal["off", "otlp"] = Field(
+        "off", description="`otlp` sends traces to the collector that `OTEL_*` variables name; needs the extra `otel`"
+    )
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people")
 
     @model_validator(mode="before")

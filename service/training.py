@@ -269,7 +269,7 @@ async def _encoded(rooms: Rooms, tenant: str, view: Tensor) -> Tensor:
     while True:
         try:
             with rooms.batcher.admit(1, tenant=tenant):
-                return await rooms.batcher.encode(view, tenant=tenant, deadline=deadline, timings={})
+                return await rooms.batcher.encode(view, tenant=tenant, deadline=deadline, laps=[])
         except QueueFull as full:
             if rooms.clock() > deadline:
                 raise

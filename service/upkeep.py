@@ -200,7 +200,7 @@ async def _read(rooms: Rooms, tenant: str, shot: StoredShot, image: bytes | None
         try:
             with rooms.batcher.admit(1, tenant=tenant):
                 developed = await rooms.darkroom.develop(image, tenant=tenant)
-                feature = await rooms.batcher.encode(developed.pixels, tenant=tenant, deadline=deadline, timings={})
+                feature = await rooms.batcher.encode(developed.pixels, tenant=tenant, deadline=deadline, laps=[])
                 return replace(shot, feature=await rooms.worker.run(encode_feature, feature[0]))
         except (ImageFault, Internal):  # or every try would end at this very image
             return None

@@ -291,6 +291,7 @@ def _told(call: ClassifyCall, key: str | None, digest: str) -> dict[str, Any]:
         "key": key,
         "digest": digest,
         "request_id": logs.request_id.get(),
+        "traceparent": logs.traceparent.get(),
     }
 
 

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..classify import ClassifyCall, Fault, classify
 from ..desk import Choice, Explanation, Reading
 from ..idempotency import Ledger
+from ..metrics import STAGES
 from ..rooms import Rooms
 from ..stores.base import Remembered
 from .bodies import Images, read_images
@@ -172,6 +173,10 @@ def _contents(images: Images) -> list[bytes | str]:
 
 def _server_timing(readings: list[Reading]) -> str:
     """Return each stage's longest time among the images, in milliseconds."""
-    stages = ("decode", "queue", "encode", "memory", "store")
-    longest = {stage: max(reading.timings.get(stage, 0.0) for reading in readings) for stage in stages}
+    longest = dict.fromkeys(STAGES, 0.0)
+    for reading in readings:
+        own = dict.fromkeys(STAGES, 0.0)
+        for stage, seconds, _ in reading.laps:
+            own[stage] += seconds
+            longest[stage] = max(longest[stage], own[stage])
     return ", ".join(f"{stage};dur={1000 * seconds:.1f}" for stage, seconds in longest.items())

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -22,15 +23,19 @@ from ..metrics import Metrics
 from .deps import GONE
 from .problems import problem, problem_response
 
+if TYPE_CHECKING:
+    from ..spans import RequestSpan
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST_LENGTH = 18
 _OWN_IDS, _NUMBERS = secrets.token_hex(12), itertools.count(1)  # no two alike, and none asks the system for randomness
 _GRACE_S = 0.25
 _LARGE = 10
 """A body that goes to disk may take so many deadlines to arrive."""
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
-_NOT_LOGGED = frozenset(("/livez", "/readyz", "/metrics"))
+_PROBES = frozenset(("/livez", "/readyz", "/metrics"))
+"""Asked every few seconds: neither logged nor traced."""
 
 
 class Porch:
@@ -56,9 +61,12 @@ class Porch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        own_id = _request_id(Headers(scope=scope))
+        headers, rooms = Headers(scope=scope), scope["app"].state.rooms
+        traced = rooms.traces is not None and scope["path"] not in _PROBES
+        span: RequestSpan | None = rooms.traces.request(headers) if traced else None
+        own_id = _request_id(headers, span)
         token = logs.request_id.set(own_id)
-        start, visit = perf_counter(), _Visit(send, own_id, lambda: bool(scope["app"].state.rooms.batcher.leaving))
+        start, visit = perf_counter(), _Visit(send, own_id, lambda: bool(rooms.batcher.leaving))
         try:
             await self._let_in(scope, receive, visit)
         except ClientDisconnect:
@@ -68,7 +76,7 @@ class Porch:
             if not visit.status:
                 await problem_response(problem("internal", "An unexpected error occurred."))(scope, receive, visit.send)
         finally:
-            self._record(scope, visit.status or 500, perf_counter() - start)
+            self._record(scope, visit.status or 500, perf_counter() - start, span)
             logs.request_id.reset(token)
 
     async def _let_in(self, scope: Scope, receive: Receive, visit: _Visit) -> None:
@@ -112,14 +120,16 @@ class Porch:
 
         return bounded
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, span: RequestSpan | None) -> None:
         route = _route(scope)
         method = scope["method"] if scope["method"] in _METHODS else "other"
         metrics = _metrics(scope)
         metrics.requests.labels(method, route, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)
-        if route not in _NOT_LOGGED:
+        if route not in _PROBES:
             logs.event(logs.REQUEST, method=method, route=route, status=status, ms=round(1000 * seconds, 1))
+        if span is not None:
+            span.close(request_id=logs.request_id.get(), method=method, route=route, status=status)
 
 
 @dataclass(slots=True)
@@ -185,10 +195,12 @@ def _length(headers: Headers) -> int:
     return int(told) if told.isascii() and told.isdigit() and len(told) <= _LONGEST_LENGTH else 0
 
 
-def _request_id(headers: Headers) -> str:
-    """Return the caller's own id for this request where it is a sane one, or a new one."""
+def _request_id(headers: Headers, span: RequestSpan | None) -> str:
+    """Return what the caller calls this request, where that is sane: its trace, or an id; else a new id, or trace."""
+    trace = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
+    if trace:
+        return trace[1]
     given = headers.get("x-request-id", "")
     if _REQUEST_ID.fullmatch(given):
         return given
-    trace = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
-    return trace[1] if trace else f"{_OWN_IDS}{next(_NUMBERS):08x}"
+    return f"{_OWN_IDS}{next(_NUMBERS):08x}" if span is None else span.trace_id

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.metrics import Lap
 from tests.fakes import picture
 from tests.integration.conftest import (
     PATIENCE_S,
@@ -336,8 +337,8 @@ async def test_a_client_may_leave_at_any_moment(build: Build, monkeypatch: pytes
         for _ in range(moments):
             await asyncio.sleep(0)
 
-    async def left_meanwhile(pixels: Tensor, *, tenant: str, deadline: float, timings: dict[str, float]) -> Tensor:
-        features = await encode(pixels, tenant=tenant, deadline=deadline, timings=timings)
+    async def left_meanwhile(pixels: Tensor, *, tenant: str, deadline: float, laps: list[Lap]) -> Tensor:
+        features = await encode(pixels, tenant=tenant, deadline=deadline, laps=laps)
         call.gone.set()
         await later(moments)
         return features

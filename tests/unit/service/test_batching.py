@@ -14,7 +14,7 @@ from torch import Tensor
 
 from service.batching import Batcher, encode_each
 from service.errors import DeadlineExceeded, Draining, Internal, InvalidRequest, QueueFull, ServiceError
-from service.metrics import Metrics
+from service.metrics import Lap, Metrics
 from service.worker import Worker
 
 PATIENCE_S = 20.0
@@ -86,9 +86,7 @@ class Shuttle:
         )
 
     def send(self, value: int, views: int = 1, deadline: float = 1e9, tenant: str = "a") -> asyncio.Task[Tensor]:
-        return asyncio.create_task(
-            self.batcher.encode(image(value, views), tenant=tenant, deadline=deadline, timings={})
-        )
+        return asyncio.create_task(self.batcher.encode(image(value, views), tenant=tenant, deadline=deadline, laps=[]))
 
     async def send_in_order(self, *values: int) -> list[asyncio.Task[Tensor]]:
         """Send images, and return when all of them stand in the queue."""
@@ -188,7 +186,7 @@ async def test_an_image_of_more_views_than_a_batch_still_goes(shuttle: Shuttle) 
 async def test_a_configured_wait_counts_from_the_first_image() -> None:
     shuttle = Shuttle(wait_s=1000.0)
     shuttle.batcher.start()
-    first = asyncio.create_task(shuttle.batcher.encode(image(99, views=4), tenant="a", deadline=1e9, timings={}))
+    first = asyncio.create_task(shuttle.batcher.encode(image(99, views=4), tenant="a", deadline=1e9, laps=[]))
     shuttle.device.shut()
     await shuttle.device.at_work()
     early = await shuttle.send_in_order(1)
@@ -499,13 +497,13 @@ async def test_the_queue_counts_images_that_wait_and_none_that_are_at_work(shutt
 async def test_each_image_hears_how_long_it_waited_and_worked(shuttle: Shuttle) -> None:
     first = await hold(shuttle)
     shuttle.now = 2.0
-    timings: dict[str, float] = {}
-    second = asyncio.create_task(shuttle.batcher.encode(image(1), tenant="a", deadline=1e9, timings=timings))
+    laps: list[Lap] = []
+    second = asyncio.create_task(shuttle.batcher.encode(image(1), tenant="a", deadline=1e9, laps=laps))
     await settle()
     shuttle.now = 5.0
     shuttle.device.gate.set()
     await answers(first, second)
-    assert timings == {"queue": 3.0, "encode": 0.0}
+    assert [lap[:2] for lap in laps] == [("queue", 3.0), ("encode", 0.0)]
 
 
 # Closing --------------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def reading(*fused: float) -> Reading:
         stamp=Stamp(epoch=1, version=1),
         stale=False,
         due=False,
-        timings={},
+        laps=[],
     )
 
 

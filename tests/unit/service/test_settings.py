@@ -19,6 +19,7 @@ OTHER: dict[str, object] = {
     "image_formats": ("PNG", "GIF"),
     "log_level": "debug",
     "log_format": "text",
+    "traces": "otlp",
     "encoder": "ViT-B-16/openai",
     "device": "cpu",
     "devices": ("cuda:0", "cuda:1"),
