@@ -61,6 +61,6 @@ async def _attempt(duty: Callable[[], Awaitable[None]]) -> None:
     except (StoreDown, UnknownTenant, NoClasses):
         return  # told elsewhere
     except ServiceError as error:
-        logs.event(logs.UPKEEP_FAILED, level=logging.WARNING, detail=error.detail)
+        logs.event(logs.UPKEEP_REFUSED, level=logging.WARNING, detail=error.detail)
     except Exception as error:  # noqa: BLE001 - the next duty is not to blame
         logs.event(logs.UPKEEP_FAILED, level=logging.ERROR, error=error)

@@ -26,6 +26,7 @@ PROCESS_ENDED = "dmn.process.ended"
 PROCESS_STAYED = "dmn.process.stayed"
 REQUEST = "dmn.request"
 FAILED = "dmn.request.failed"
+ANSWER_CUT = "dmn.request.cut"
 BATCH_FAILED = "dmn.batch.failed"
 BATCH_HALVED = "dmn.batch.halved"
 MEMORY_LOADED = "dmn.memory.loaded"
@@ -47,6 +48,7 @@ STORE_BACK = "dmn.store.back"
 JOB_OVER = "dmn.job.over"
 JOB_FAILED = "dmn.job.failed"
 UPKEEP_FAILED = "dmn.upkeep.failed"
+UPKEEP_REFUSED = "dmn.upkeep.refused"
 TENANT_CHANGED = "dmn.tenant.changed"
 
 logger = logging.getLogger("dmn")
@@ -58,13 +60,17 @@ def event(name: str, *, level: int = logging.INFO, error: BaseException | None =
 
 
 def set_up(level: str, form: Literal["json", "text"], stream: TextIO = sys.stderr, *, process: str = "") -> None:
-    """Send this service's events, and warnings of its libraries, to `stream`; of several processes each has a name."""
+    """Send this service's events, and warnings of its libraries and of Python, to `stream`.
+
+    Of several processes each has a name.
+    """
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Json(process) if form == "json" else _Text(process))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logger.setLevel(level.upper())
+    logging.captureWarnings(capture=True)
 
 
 def _values(record: logging.LogRecord, process: str) -> dict[str, object]:

@@ -257,7 +257,7 @@ async def _bring(line: Line, send: Send) -> None:
                 return
     if not started:
         raise left_alone()
-    logs.event(logs.FAILED, level=logging.WARNING, detail="The worker process ended in the midst of its answer.")
+    logs.event(logs.ANSWER_CUT, level=logging.WARNING, why="the worker process ended in the midst of its answer")
 
 
 def _preprocess(told: dict[str, Any]) -> Preprocess:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -33,10 +34,12 @@ def set_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[SetUp]:
 
     def start(form: Form = "json", level: str = "info") -> io.StringIO:
         stream = io.StringIO()
+        logging.captureWarnings(capture=False)
         logs.set_up(level, form, stream)
         return stream
 
     yield start
+    logging.captureWarnings(capture=False)
     root.setLevel(before)
     logs.logger.setLevel(level)
 
@@ -139,6 +142,17 @@ def test_libraries_are_heard_from_warnings_on_whatever_the_level(set_up: SetUp) 
     library.warning("trouble with %s", "this")
     (line,) = lines(stream)
     assert json.loads(line)["event"] == "trouble with this"
+
+
+def test_a_warning_of_python_is_a_line_too(set_up: SetUp) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        stream = set_up()
+        warnings.warn(FORGED, stacklevel=1)
+    (line,) = lines(stream)
+    told = json.loads(line)
+    assert (told["level"], told["logger"]) == ("warning", "py.warnings")
+    assert "forged" in told["event"]
 
 
 def test_setting_up_twice_does_not_log_twice(set_up: SetUp) -> None:
