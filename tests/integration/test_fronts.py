@@ -21,13 +21,17 @@ from prometheus_client import CollectorRegistry
 from service import darkroom, window
 from service import front as front_module
 from service.app import open_rooms
+from service.auth import hash_of, new_key
 from service.back import serving
+from service.errors import StoreDown
 from service.front import Front
 from service.hatch import Line
 from service.images import Developed
 from service.metrics import Metrics
 from service.rooms import Rooms
 from service.settings import Settings
+from service.stores.base import StoredKey
+from service.stores.memory import InProcessStore
 from tests.fakes import FakeEncoder, picture
 from tests.integration.conftest import PATIENCE_S, GatedEncoder, House, RawCall, SoftEncoder, problem, soon, until
 
@@ -354,3 +358,72 @@ async def test_a_crowded_back_lets_calls_go_to_an_emptier_one_but_not_those_with
         await until(lambda: own.taken == [4, 0])
         encoder.gate.set()
         assert {(await soon(call)).status_code for call in calls} == {200}
+
+
+# Keys -----------------------------------------------------------------------------------------------------------------
+
+OPERATOR_KEY = "correct-horse-battery-staple"
+
+
+async def issue(own: Street, tenant: str, *scopes: str) -> dict[str, str]:
+    """Make a key, and return the header that shows it."""
+    key, id_ = new_key(tenant)
+    await own.backs[0].store.keep_key(StoredKey(id=id_, digest=hash_of(key), scopes=scopes, created=0.0))
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def test_a_key_is_looked_at_before_anything_is_decoded_and_by_front_and_back_alike(decoded: list[bytes]) -> None:
+    operator = {"Authorization": f"Bearer {OPERATOR_KEY}"}
+    async with street(SoftEncoder(), auth="keys", operator_key=OPERATOR_KEY) as own:
+        client = own.client
+        assert (await client.put("/tenants/shop", json={"classes": ["red"]}, headers=operator)).status_code == 201
+        good, memory, admin, metrics = [
+            await issue(own, "shop", scope) for scope in ("classify", "memory", "admin", "metrics")
+        ]
+        wrong = {"Authorization": f"Bearer {new_key('shop')[0]}"}
+        for headers, slug in (({}, "unauthenticated"), (wrong, "unauthenticated"), (memory, "forbidden")):
+            answer = await client.post("/classify", content=RED, headers=IMAGE | headers)
+            problem(answer, slug)
+            assert ("www-authenticate" in answer.headers) == (slug == "unauthenticated")
+        for name in ("nobody", "default"):
+            answer = await client.post("/classify", content=RED, headers=IMAGE | good | {"X-Tenant": name})
+            problem(answer, "forbidden")
+        assert not decoded
+        assert (await client.post("/classify", content=RED, headers=IMAGE | good)).json()["tenant"] == "shop"
+        assert decoded == [RED]
+        for path, key in (("/memory", memory), ("/tenants/shop", admin), ("/metrics", metrics)):
+            problem(await client.get(path), "unauthenticated")
+            problem(await client.get(path, headers=good), "forbidden")
+            assert (await client.get(path, headers=key)).status_code == 200
+            assert (await client.get(path, headers=operator)).status_code == 200
+        assert (await client.get("/memory", headers=memory)).json()["tenant"] == "shop"
+        for path in ("/livez", "/readyz", "/version", "/problems/internal", "/openapi.json", "/docs"):
+            assert (await client.get(path)).status_code == 200
+
+
+async def test_a_front_whose_backs_are_gone_lets_nobody_in_by_a_key_that_it_does_not_know() -> None:
+    async with street(SoftEncoder(), auth="keys", operator_key=OPERATOR_KEY) as own:
+        key = await issue(own, "shop", "classify")
+        await own.go(0)
+        problem(await own.client.post("/classify", content=RED, headers=IMAGE | key), "queue-full")
+
+
+async def test_a_front_hears_from_its_back_that_the_store_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(*_: object) -> None:
+        raise StoreDown("The store does not answer.", retry_after_s=2.0)
+
+    monkeypatch.setattr(InProcessStore, "find_keys", away)
+    async with street(SoftEncoder(), auth="keys", operator_key=OPERATOR_KEY) as own:
+        key = await issue(own, "shop", "classify")
+        answer = await own.client.post("/classify", content=RED, headers=IMAGE | key)
+        problem(answer, "store-down")
+        assert answer.headers["retry-after"] == "2"
+
+
+async def test_a_request_that_is_passed_on_goes_to_the_back_of_its_keys_tenant() -> None:
+    async with street(SoftEncoder(), SoftEncoder(), auth="keys", operator_key=OPERATOR_KEY) as own:
+        for at in range(2):
+            scope = {"type": "http", "path": "/memory", "query_string": b""}
+            key = new_key(at_home(own, at))[0]
+            tenant = front_module._tenant_of(scope | {"headers": [(b"authorization", f"Bearer {key}".encode())]})
+            assert own.front._home(tenant) is own.front._windows[at]
