@@ -4,9 +4,10 @@
 
 An encoder is `lite`, `MODEL@FILE`, or the name of one of open_clip's models, which then gets random weights: they cost
 as much time as trained ones, and nothing has to be fetched. Each request is one JPEG of 227 x 227 pixels. Servers and
-client share all cores; the client needs next to nothing of them. All run at once and are loaded in turns, by 8 and by
-64 clients that ask again at once; figures and ratios are medians over the rounds. The encoder alone encodes pixels that
-stand ready, in batches as large as those that `dmn serve` made on average, rounded. Asserts nothing.
+client share all cores; the client needs next to nothing of them. The servers are loaded in turns, while the others are
+stopped, by 8 and by 64 clients that ask again at once; figures and ratios are medians over the rounds. The encoder
+alone encodes pixels that stand ready, in batches as large as those that `dmn serve` made on average, rounded. Asserts
+nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from safetensors.torch import save_file
 from service.bench.load import Client, saturate
 from service.bench.photos import photo
 from service.bench.telling import stamp
-from tests.bench.fleet import Server, clean_environment, medians, missing, ours, peer, ratio, running, settings_of
+from tests.bench.fleet import Server, clean_environment, medians, missing, only, ours, peer, ratio, running, settings_of
 
 FEW, MANY = 8, 64
 _SIDE = 227
@@ -78,11 +79,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             told: dict[str, dict[str, float]] = {}
             for clients in (FEW, MANY):
                 encoded, batches = _counted(dmn)
-                told[f"dmn, {clients}"] = _saturated(dmn, images, clients, seconds)
+                with only(dmn, (dmn, litserve)):
+                    told[f"dmn, {clients}"] = _saturated(dmn, images, clients, seconds)
                 after = _counted(dmn)
                 batch = max(1, round((after[0] - encoded) / (after[1] - batches)))
-                told[f"litserve, {clients}"] = _saturated(litserve, images, clients, seconds)
-                rate = _ask(alone, batch, _ALONE_SHARE * seconds)
+                with only(litserve, (dmn, litserve)):
+                    told[f"litserve, {clients}"] = _saturated(litserve, images, clients, seconds)
+                with only(None, (dmn, litserve)):
+                    rate = _ask(alone, batch, _ALONE_SHARE * seconds)
                 told[f"alone, {clients}"] = {"per_second": rate, "batch": batch}
             return told
 

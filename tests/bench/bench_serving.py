@@ -3,9 +3,9 @@
 `python -m tests.bench.bench_serving [--seconds 3] [--rounds 3] [--connections 1,8,64] [--body raw|multipart] [--json]`
 
 Each request is one JPEG of 96 x 96 pixels, another one than the last some thousand. Each server is held to one core,
-with one thread for torch; `wrk` posts from another core. All servers run at once and are loaded in turns, so that what
-slows the machine slows all; figures and ratios are medians over the rounds. `dmn serve` runs as by default, with its
-store beside it on the same core, and learns from what it is sent. Asserts nothing.
+with one thread for torch; `wrk` posts from another core. The servers are loaded in turns, while the others are stopped,
+so that what slows the machine slows all alike; figures and ratios are medians over the rounds. `dmn serve` runs as by
+default, with its store beside it on the same core, and learns from what it is sent. Asserts nothing.
 
 infinity is no peer here: infinity-emb 0.0.78 wants NumPy 1, and older torch, typer, rich and uvicorn than ours.
 """
@@ -29,6 +29,7 @@ from tests.bench.fleet import (
     loaded,
     medians,
     missing,
+    only,
     ours,
     peer,
     photo_list,
@@ -85,15 +86,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         posted: Counter[str] = Counter()
 
         def load(server: Server, connections: int) -> dict[str, float]:
-            told = loaded(
-                server,
-                images,
-                cores="1",
-                connections=connections,
-                seconds=options.seconds,
-                form=options.body,
-                start=posted[server.name],
-            )
+            with only(server, servers):
+                told = loaded(
+                    server,
+                    images,
+                    cores="1",
+                    connections=connections,
+                    seconds=options.seconds,
+                    form=options.body,
+                    start=posted[server.name],
+                )
             posted[server.name] += round(told["requests"])
             return told
 

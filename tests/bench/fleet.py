@@ -98,6 +98,19 @@ def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Serv
             _end(process)
 
 
+@contextmanager
+def only(server: Server | None, servers: Sequence[Server]) -> Iterator[None]:
+    """Hold all other servers as they stand: one that polls while it is idle takes its share of a core from the rest."""
+    held = [other for other in servers if other is not server]
+    for other in held:
+        os.killpg(other.process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for other in held:
+            os.killpg(other.process.pid, signal.SIGCONT)
+
+
 def loaded(
     server: Server, images: Path, *, cores: str, connections: int, seconds: float, form: str, start: int
 ) -> dict[str, float]:
