@@ -87,25 +87,27 @@ def _folded(tower: nn.Module, inputs: Float[Tensor, "n 3 h w"]) -> dict[str, nn.
     """Return convolutions with the batch norms that read them, and what is left of the norms, by their names."""
     names = {module: name for name, module in tower.named_modules()}
     made: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensors are held, so that none takes another's id
-    parts: dict[str, nn.Module] = {}
+    pairs: dict[nn.Conv2d, Any] = {}
 
     def note(conv: nn.Module, _: Any, output: Tensor) -> None:
         made[id(output)] = (conv, output)
 
-    def fold(norm: Any, args: tuple[Tensor, ...]) -> None:
+    def pair(norm: Any, args: tuple[Tensor, ...]) -> None:
         conv, _ = made.get(id(args[0]), (None, None))
-        if isinstance(conv, nn.Conv2d) and norm.running_mean is not None and names[conv] not in parts:
-            parts[names[conv]] = fuse_conv_bn_eval(conv, norm)
-            parts[names[norm]] = nn.Sequential(*norm.children())  # timm's norms hold their activation
+        if isinstance(conv, nn.Conv2d) and norm.running_mean is not None:
+            pairs.setdefault(conv, norm)
 
     hooks = [module.register_forward_hook(note) for module in names if isinstance(module, nn.Conv2d)]
-    hooks += [module.register_forward_pre_hook(fold) for module in names if isinstance(module, nn.BatchNorm2d)]
+    hooks += [module.register_forward_pre_hook(pair) for module in names if isinstance(module, nn.BatchNorm2d)]
     try:
         tower(inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return parts
+    # Not before the hooks are gone: a copy of a module copies its hooks, and would note what it makes for ever.
+    fused = {names[conv]: fuse_conv_bn_eval(conv, norm) for conv, norm in pairs.items()}
+    left = {names[norm]: nn.Sequential(*norm.children()) for norm in pairs.values()}  # timm's hold their activation
+    return fused | left
 
 
 def _put(tower: nn.Module, parts: Mapping[str, nn.Module]) -> None:

@@ -65,6 +65,11 @@ def test_batch_norms_go_into_their_convolutions_and_features_stay() -> None:
     torch.testing.assert_close(unit(changed(inputs(5, 64))), unit(tower(inputs(5, 64))), rtol=0, atol=1e-5)
 
 
+def test_a_leaner_tower_keeps_nothing_of_what_it_computes() -> None:
+    changed = leaner(vision(layers=[1, 1, 1, 1], width=8, image_size=64))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in changed.modules())
+
+
 class TwoReaders(nn.Module):
     """Reads a convolution past its batch norm, too."""
 
