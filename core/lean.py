@@ -105,9 +105,11 @@ def _folded(tower: nn.Module, inputs: Float[Tensor, "n 3 h w"]) -> dict[str, nn.
         for hook in hooks:
             hook.remove()
     # Not before the hooks are gone: a copy of a module copies its hooks, and would note what it makes for ever.
-    fused = {names[conv]: fuse_conv_bn_eval(conv, norm) for conv, norm in pairs.items()}
-    left = {names[norm]: nn.Sequential(*norm.children()) for norm in pairs.values()}  # timm's hold their activation
-    return fused | left
+    parts: dict[str, nn.Module] = {}
+    for conv, norm in pairs.items():
+        parts[names[conv]] = fuse_conv_bn_eval(conv, norm)
+        parts[names[norm]] = nn.Sequential(*norm.children())  # timm's norms hold their activation
+    return parts
 
 
 def _put(tower: nn.Module, parts: Mapping[str, nn.Module]) -> None:

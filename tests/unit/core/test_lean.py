@@ -66,7 +66,7 @@ def test_batch_norms_go_into_their_convolutions_and_features_stay() -> None:
 
 
 def test_a_leaner_tower_keeps_nothing_of_what_it_computes() -> None:
-    changed = leaner(vision(layers=[1, 1, 1, 1], width=8, image_size=64))
+    make_leaner(changed := vision(layers=[1, 1, 1, 1], width=8, image_size=64), inputs(size=64))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in changed.modules())
 
 
