@@ -43,7 +43,7 @@ from .stores.memory import InProcessStore
 from .stores.redis import RedisStore
 from .stores.watched import watched
 from .texts import TextFeatures
-from .worker import Worker, choose_device
+from .worker import Worker, batch_on, choose_device
 
 if TYPE_CHECKING:
     from .spans import Spans
@@ -106,6 +106,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
     worker = Worker()
     try:
         device = choose_device(settings.device)
+        settings = settings.model_copy(update={"batch_images": batch_on(device, settings)})
         # First what fails fast: an encoder takes its time.
         async with tracing.opened(settings) as traces, _open_store(settings) as store:
             loaded = encoder
@@ -137,7 +138,7 @@ def load_encoder(settings: Settings, device: torch.device) -> Encoder:
         backend=settings.encoder_backend,
         dtype=settings.encoder_dtype,
         cache=settings.cache_dir,
-        most=settings.batch_images,
+        most=batch_on(device, settings),
         notice=lambda what: logs.event(logs.ENCODER_SLOWER, level=logging.WARNING, why=what),
     )
     return openclip.load(settings.encoder, device=device, runtime=runtime)

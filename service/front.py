@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from .spans import Spans
 
 _PROBE_S = 2.0
+_BATCH = 32
+"""What is outstanding at a worker process that is not crowded, where the settings do not say it."""
 """How long a worker process may take to say that it is ready."""
 
 _OWN = frozenset(("/classify", "/livez", "/readyz", "/metrics"))
@@ -109,7 +111,7 @@ class Front:
     ) -> None:
         self.lodge, self._shown = Lodge(settings, metrics, traces, time.monotonic), shown
         self._windows = [Window(path, self._develop, self.lodge.clock) for path in hatches]
-        self._crowded = settings.batch_images / settings.http_workers
+        self._crowded = (settings.batch_images or _BATCH) / settings.http_workers
         self._darkroom: Darkroom | None = None
         self._met = asyncio.Event()
         self._gate: Gate | None = None

@@ -9,6 +9,12 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from .settings import Settings
+
+_BATCH = 32
+_CPU_BATCH = 8
+"""More would only make everybody wait longer for the batch that is under way."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -31,6 +37,12 @@ class Worker:
     def close(self) -> None:
         """Let the running function end, and stop."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+def batch_on(device: torch.device, settings: Settings) -> int:
+    """Return how many images times views make an encode batch on a device."""
+    usual = _CPU_BATCH if device.type == "cpu" else _BATCH
+    return settings.batch_images or min(usual, settings.queue_images)
 
 
 def choose_device(name: str) -> torch.device:
