@@ -171,7 +171,7 @@ def _in_turns(ways: Sequence[_Way], pixels: Tensor, seconds: float, device: torc
 def _times(ways: Sequence[_Way], inputs: Sequence[Tensor], device: torch.device) -> list[float]:
     """Return the seconds of one call of each way, made in a random order: whom one comes after matters."""
     times = [0.0] * len(ways)
-    for i in random.sample(range(len(ways)), len(ways)):  # noqa: S311
+    for i in random.sample(range(len(ways)), len(ways)):
         start = time.perf_counter()
         ways[i].encode(inputs[i])
         if device.type == "cuda":
