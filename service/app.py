@@ -38,7 +38,7 @@ from .rooms import Rooms
 from .settings import Settings
 from .stores.base import MemoryStore
 from .stores.connection import connect
-from .stores.embedded import embedded_server, settled
+from .stores.embedded import embedded_server, free_bytes, settled
 from .stores.memory import InProcessStore
 from .stores.redis import RedisStore
 from .stores.watched import watched
@@ -177,7 +177,7 @@ async def _leave(rooms: Rooms) -> None:
 def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore, traces: Spans | None) -> Rooms:
     disable_created_metrics()  # a second series beside each counter, which nobody asks for
     metrics, clock = Metrics(CollectorRegistry()), time.monotonic
-    store = watched(store, metrics, clock)
+    store = watched(store, metrics, clock, partial(_has_room, settings))
     metrics.build_info.labels(version(NAME), encoder.name, encoder.fingerprint[:12]).set(1)
     limits = ImageLimits(
         max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
@@ -232,6 +232,11 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         clock=clock,
         wall=time.time,
     )
+
+
+def _has_room(settings: Settings) -> bool:
+    """Return whether the embedded store may write more: a store elsewhere looks after its disk itself."""
+    return settings.store != "embedded" or free_bytes(settings.data_dir) >= settings.min_free_bytes
 
 
 @asynccontextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -23,9 +24,9 @@ import torch
 from fastapi import FastAPI, Response
 from starlette.types import Message
 
-from . import logs, loop
-from .api import health
+from . import health, logs, loop
 from .api.classify import answered
+from .api.health import measure, ready
 from .api.problems import AllFailed, problem, problem_response, refusal
 from .app import create_app, open_rooms
 from .classify import ClassifyCall
@@ -57,10 +58,19 @@ async def work(plan: Plan, lifeline: Lifeline) -> int:
         async with open_rooms(plan.settings) as rooms, serving(rooms, plan.hatches[plan.index]):
             loop.settle()
             lifeline.ready({"encoder": rooms.encoder.name})
+            hung = asyncio.create_task(_end_if_stuck(rooms), name="dmn-watch")
             await stop.wait()
+            hung.cancel()
     finally:
         alone.cancel()
     return 0
+
+
+async def _end_if_stuck(rooms: Rooms) -> None:
+    """End this process at once if its device hangs; a thread that does not come back cannot be waited for."""
+    why = await health.stuck(rooms)
+    logs.event(logs.STUCK, level=logging.ERROR, why=why.detail)
+    os._exit(1)
 
 
 @asynccontextmanager
@@ -113,8 +123,8 @@ class _Counter:
             elif kind == "link":
                 await self._link(line)
             elif kind == "ask":
-                health.measure(self._rooms)
-                line.send((await health.ready(self._rooms, Response())).model_dump())
+                measure(self._rooms)
+                line.send((await ready(self._rooms, Response())).model_dump())
             elif first is not None and kind == "keys":
                 line.send({"found": await self._found(first.head["ids"])})
             while await line.receive() is not None:

@@ -66,6 +66,8 @@ class Batcher:
         self._rate = 0.0
         self._loop: asyncio.Task[None] | None = None
         self._closed = False
+        self.succeeded = clock()
+        """When an image was encoded last: whether the device works."""
         self.leaving = False
         """Whether readiness is off: the balancer should stop sending, and what still comes is answered."""
         self.draining = False
@@ -136,6 +138,10 @@ class Batcher:
         self._arrived.set()
         return await item.future
 
+    async def probe(self, pixels: Tensor) -> None:
+        """Encode an image that nobody sent, pixels (1, 3, h, w), to know whether the device works; nobody counts it."""
+        self._note(await self._worker.run(encode_each, self._encode, [pixels]))
+
     async def _run(self) -> None:
         while True:
             await self._arrived.wait()
@@ -190,6 +196,7 @@ class Batcher:
         size = sum(len(item.pixels) for item in batch)
         self.metrics.batch_images.observe(size)
         results = await self._worker.run(encode_each, self._encode, [item.pixels for item in batch])
+        self._note(results)
         seconds = self._clock() - start
         self._learn_rate(size / max(seconds, 1e-6))
         for item, result in zip(batch, results, strict=True):
@@ -200,6 +207,10 @@ class Batcher:
                 item.future.set_exception(result)
             else:
                 item.future.set_result(result)
+
+    def _note(self, results: Sequence[Tensor | ServiceError]) -> None:
+        if any(isinstance(one, Tensor) for one in results):
+            self.succeeded = self._clock()
 
     def _learn_rate(self, rate: float) -> None:
         self._rate = _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate if self._rate else rate

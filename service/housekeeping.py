@@ -7,6 +7,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
 from . import logs, snapshots
 from .errors import NoClasses, ServiceError, StoreDown, UnknownTenant
 from .rooms import Rooms
@@ -14,16 +18,38 @@ from .tallies import EXCHANGE_S
 
 TICK_S = 1.0
 
+_CANARY_SHARE = 0.25
+"""Of the time after which readiness ends: one canary may fail, or wait behind other work."""
+
 _ASK_S = 600.0
 """How often the store is asked whether the time for a tenant's next snapshot has come."""
 
 
 async def keep_house(rooms: Rooms) -> None:
-    """See to everything every second, until cancelled."""
+    """See to everything every second, until cancelled; a device that hangs keeps nothing else waiting."""
     housekeeper = Housekeeper(rooms)
+    await asyncio.gather(_every_second(housekeeper.tick), _every_second(partial(feel_pulse, rooms)))
+
+
+async def _every_second(duty: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(TICK_S)
-        await housekeeper.tick()
+        await duty()
+
+
+async def feel_pulse(rooms: Rooms) -> None:
+    """Try the encoder with an image of nobody's, if none was encoded lately: readiness must not depend on traffic."""
+    due_s = rooms.settings.canary_s * _CANARY_SHARE
+    if due_s and rooms.clock() - rooms.batcher.succeeded >= due_s:
+        await _attempt(partial(rooms.batcher.probe, canary(rooms.encoder.preprocess.size)))
+
+
+def canary(size: int) -> UInt8[Tensor, "1 3 s s"]:
+    """Return an image that is always the same: three ramps, across, down, and across again backwards."""
+    ramp = torch.linspace(0, 255, size).to(torch.uint8)
+    return torch.stack((ramp.expand(size, size), ramp[:, None].expand(size, size), ramp.flip(0).expand(size, size)))[
+        None
+    ]
 
 
 class Housekeeper:

@@ -120,6 +120,13 @@ class Settings(BaseSettings):
     keep_alive_s: PositiveFloat = Field(
         75.0, description="time that an idle connection stays open; longer than the balancer's"
     )
+    canary_s: float = Field(
+        60.0, ge=0, description="age of the last encoded image, sent or tried, at which readiness ends; 0: never"
+    )
+    stuck_s: PositiveFloat = Field(300.0, description="time at one piece of work at which the device counts as hung")
+    min_free_bytes: int = Field(
+        256 * MIB, ge=0, description="free bytes on the embedded store's disk, below which nothing is added to memories"
+    )
     drain_delay_s: float = Field(1.0, ge=0, description="between readiness going off and refusing new work")
     drain_timeout_s: PositiveFloat = Field(30.0, description="time for work in flight to finish when stopping")
 

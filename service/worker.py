@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -24,13 +26,23 @@ class Worker:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dmn-worker")
+        self._began = math.inf
+
+    @property
+    def busy_s(self) -> float:
+        """For how many seconds it has been at the function that it runs now; 0 if it runs none."""
+        return max(0.0, time.monotonic() - self._began)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return what the function returns, or raise what it raises. A cancelled caller does not stop it."""
 
         def inside() -> T:
-            with torch.inference_mode():
-                return function(*args, **kwargs)
+            self._began = time.monotonic()
+            try:
+                with torch.inference_mode():
+                    return function(*args, **kwargs)
+            finally:
+                self._began = math.inf
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, inside)
 

@@ -38,8 +38,15 @@ URL = re.compile(r"http://\S+?:\d+")
 class Command:
     """A running `dmn`; leaving the context kills it if it still runs."""
 
-    def __init__(self, encoder: str, *arguments: str, store: str | None = "memory", **environment: str) -> None:
-        start = [sys.executable, "-c", WITH_FAKE] if encoder == "fake" else [str(DMN)]
+    def __init__(
+        self,
+        encoder: str,
+        *arguments: str,
+        store: str | None = "memory",
+        script: str = WITH_FAKE,
+        **environment: str,
+    ) -> None:
+        start = [sys.executable, "-c", script] if encoder == "fake" else [str(DMN)]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("DMN_")}
         kept = {} if store is None else {"DMN_STORE": store}
         # A shell that started the tests in the background may have told its children to ignore Ctrl-C.

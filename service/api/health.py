@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import torch
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from ..errors import StoreDown
+from .. import health
 from ..rooms import Rooms
 from .deps import RoomsDep
 from .guard import Guarded
@@ -18,9 +19,12 @@ router = APIRouter(tags=["health"], route_class=Guarded)
 
 
 @router.get("/livez", summary="Whether the process is alive")
-async def live() -> LiveOut:
-    """Answer; that is all that liveness means."""
-    return LiveOut(live=True)
+async def live(rooms: RoomsDep, response: Response) -> LiveOut:
+    """Return 200, also while the service drains, unless the process should be started anew, with the reason."""
+    checks = _told(health.liveness(rooms))
+    fine = all(one.ok for one in checks.values())
+    response.status_code = 200 if fine else 503
+    return LiveOut(live=fine, checks=checks)
 
 
 @router.get("/readyz", summary="Whether traffic may be sent here", responses={503: {"model": ReadyOut}})
@@ -30,16 +34,9 @@ async def ready(rooms: RoomsDep, response: Response) -> ReadyOut:
     While the store is away, they can be where answers go on from hot memories and there are any; but not where keys
     are asked for, which cannot be looked up then.
     """
-    checks = {
-        "encoder": CheckOut(ok=True, detail=rooms.encoder.name),
-        "store": await _store(rooms),
-        "draining": CheckOut(ok=not rooms.batcher.leaving, detail="stopping" if rooms.batcher.leaving else "no"),
-    }
-    settings = rooms.settings
-    goes_on = settings.store_down == "serve" and settings.auth == "open" and bool(rooms.archive.tenants)
-    fine = checks["encoder"].ok and checks["draining"].ok and (checks["store"].ok or goes_on)
+    fine, checks = await health.readiness(rooms)
     response.status_code = 200 if fine else 503
-    return ReadyOut(ready=fine, checks=checks)
+    return ReadyOut(ready=fine, checks=_told(checks))
 
 
 @router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
@@ -68,10 +65,5 @@ def measure(rooms: Rooms) -> None:
     rooms.metrics.device_bytes.set(held)
 
 
-async def _store(rooms: Rooms) -> CheckOut:
-    try:
-        await rooms.store.ping()
-    except StoreDown as error:
-        waiting = f" {rooms.desk.pending} writes wait for it." if rooms.desk.pending else ""
-        return CheckOut(ok=False, detail=error.detail + waiting)
-    return CheckOut(ok=True, detail=rooms.settings.store_kind)
+def _told(checks: Mapping[str, health.Check]) -> dict[str, CheckOut]:
+    return {name: CheckOut(ok=one.ok, detail=one.detail) for name, one in checks.items()}

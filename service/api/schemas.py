@@ -497,9 +497,10 @@ class ReadyOut(_Out):
 
 
 class LiveOut(_Out):
-    """The process is alive."""
+    """Whether the process is alive, and why."""
 
     live: bool
+    checks: dict[str, CheckOut]
 
 
 class VersionOut(_Out):

@@ -107,6 +107,11 @@ def embedded_server(folder: Path, named: str, *, fsync: Fsync) -> EmbeddedServer
     return EmbeddedServer(folder, binary, fsync=fsync)
 
 
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes can still be written on the disk of a folder."""
+    return shutil.disk_usage(folder).free
+
+
 class EmbeddedServer:
     """One server for one data folder. `socket` is where it listens."""
 

@@ -15,21 +15,35 @@ from .base import MemoryStore
 PAUSE_S = 1.0
 """A store that did not answer is not asked again for so long: callers would all wait out its timeout."""
 
+_LATER_S = 10.0
 
-def watched(store: MemoryStore, metrics: Metrics, clock: Callable[[], float]) -> MemoryStore:
+ADDING = frozenset(("push", "count", "replace", "add_shots", "keep_snapshot"))
+"""Operations that make a memory larger."""
+
+
+def watched(
+    store: MemoryStore,
+    metrics: Metrics,
+    clock: Callable[[], float],
+    has_room: Callable[[], bool] = lambda: True,
+) -> MemoryStore:
     """Return the same store with `dmn_store_duration_seconds` and `dmn_store_errors_total` kept for each operation.
 
     Their series start at once, each at 0. `clock` is monotonic, in seconds. For `PAUSE_S` after it did not answer,
-    every call raises `StoreAway` at once.
+    every call raises `StoreAway` at once. Where there is no room, what adds to a memory raises `StoreDown`: a server
+    whose disk is full acknowledges the write that found it so, and has it in its own memory alone.
     """
     for op in (name for name in vars(MemoryStore) if not name.startswith("_") and name != "aclose"):
         metrics.store_seconds.labels(op)
         metrics.store_errors.labels(op)
-    return cast("MemoryStore", _Watched(store, metrics, clock))
+    return cast("MemoryStore", _Watched(store, metrics, clock, has_room))
 
 
 class _Watched:
-    def __init__(self, store: MemoryStore, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, store: MemoryStore, metrics: Metrics, clock: Callable[[], float], has_room: Callable[[], bool]
+    ) -> None:
+        self._has_room = has_room
         self._store, self._metrics, self._clock = store, metrics, clock
         self._away: StoreAway | None = None
         self._ask_at = 0.0
@@ -42,6 +56,9 @@ class _Watched:
         async def timed(*args: object, **kwargs: object) -> object:
             if self._away is not None and (self._finding_out or self._clock() < self._ask_at):
                 raise StoreAway(self._away.detail, retry_after_s=PAUSE_S)
+            if op in ADDING and not self._has_room():
+                self._metrics.store_errors.labels(op).inc()
+                raise StoreDown("The store's disk has too little room, and nothing is added.", retry_after_s=_LATER_S)
             # Of many who come after the pause one finds out; the others would wait out the timeout too.
             self._finding_out = self._away is not None
             try:

@@ -12,10 +12,10 @@ import pytest
 from tests.command import PATIENCE_S, Command
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_half_a_head_is_given_up_while_others_are_answered(workers: str) -> None:
-    settings = {"DMN_HTTP_WORKERS": workers, "DMN_HEADER_TIMEOUT_S": "0.5", "DMN_DRAIN_DELAY_S": "0"}
-    with Command("fake", "serve", "--port", "0", **settings) as command:
+@pytest.mark.parametrize("processes", [(), ("--http-workers", "2")])
+def test_half_a_head_is_given_up_while_others_are_answered(processes: tuple[str, ...]) -> None:
+    settings = {"DMN_HEADER_TIMEOUT_S": "0.5", "DMN_DRAIN_DELAY_S": "0"}
+    with Command("fake", "serve", "--port", "0", *processes, **settings) as command:
         url = command.url()
         at = urlsplit(url)
         with closing(socket.create_connection((at.hostname, at.port), PATIENCE_S)) as slow:

@@ -37,6 +37,9 @@ class Store:
         await self._meet("sync")
         return tenant, since
 
+    async def push(self, *_: object) -> None:
+        await self._meet("push")
+
     async def ping(self) -> None:
         await self._meet("ping")
 
@@ -225,3 +228,16 @@ async def test_a_store_that_is_away_can_be_let_go_of(watch: Watch) -> None:
     await watch.fail(StoreAway("away"))
     await watch.store.aclose()
     assert watch.inner.closed == 1
+
+
+async def test_where_there_is_no_room_nothing_is_added_and_everything_else_is_done() -> None:
+    watch, room = Watch(), False
+    watch.store = watched(watch.inner, watch.metrics, lambda: watch.now, lambda: room)  # type: ignore[arg-type]
+    with pytest.raises(StoreDown, match="room") as refused:
+        await watch.store.push("a", STAMP, [])
+    assert not isinstance(refused.value, StoreAway)
+    await watch.store.sync("a", STAMP)
+    assert watch.inner.reached == ["sync"]
+    room = True
+    await watch.store.push("a", STAMP, [])
+    assert watch.inner.reached == ["sync", "push"]
