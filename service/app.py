@@ -20,7 +20,7 @@ from core.backends import Runtime
 from core.encoder import Encoder
 
 from . import adapt, logs, tracing
-from .api import admin, classify, health, jobs, memory, problems, tenants
+from .api import admin, classify, health, jobs, memory, pages, problems, tenants
 from .api.guard import describe
 from .api.porch import Porch
 from .archive import Archive
@@ -75,6 +75,8 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         summary="An online image classifier that remembers: Dual Memory Networks over frozen CLIP encoders.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # the framework's own loads its scripts from somebody else's server
+        redoc_url=None,
         responses={422: problems.DOCUMENTED, "default": problems.DOCUMENTED},
         # Its own spans, where it makes any, hold addresses and the texts of errors; ours do not (service/spans.py).
         telemetry={"tracing": False, "metrics": False, "logs": False},
@@ -86,9 +88,10 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         deadline_s=settings.deadline_ms / 1000,
         to_disk={admin.IMPORT: settings.max_import_bytes},
     )
-    problems.register(app)
-    for part in (classify, tenants, memory, jobs, admin, health, problems):
-        app.include_router(part.router)
+    routers = [part.router for part in (classify, tenants, memory, jobs, admin, health, problems, pages)]
+    problems.register(app, [route for router in routers for route in router.routes])
+    for router in routers:
+        app.include_router(router)
     describe(app, keys=keys)
     return app
 

@@ -61,7 +61,7 @@ _BODY = {
 class _Query(BaseModel):
     """How to answer."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")  # `lern=false` would learn
 
     top_k: int = Field(5, ge=1, le=10_000, description="classes to name for each image")
     learn: bool = Field(default=True, description="let the dynamic memory take the images")

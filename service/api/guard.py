@@ -7,8 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from starlette.datastructures import Headers
 
 from ..auth import Gate, Scope, named_tenant
+from ..errors import Forbidden
 
 NEEDS: Mapping[str, Scope | None] = {
     "/classify": Scope.CLASSIFY,
@@ -35,6 +37,7 @@ NEEDS: Mapping[str, Scope | None] = {
     "/readyz": None,
     "/version": None,
     "/problems/{slug}": None,
+    "/docs": None,
 }
 """By the template of its path; None where no key is needed. A route that is not here cannot be made."""
 
@@ -54,7 +57,9 @@ class Guarded(APIRoute):
 
         async def guarded(request: Request) -> Response:
             gate: Gate | None = request.app.state.gate
-            if gate is not None:
+            if gate is None:
+                _refuse_other_sites(request.headers)
+            else:
                 await _let_in(request, gate, scope)
             return await handle(request)
 
@@ -87,6 +92,20 @@ def describe(app: FastAPI, *, keys: bool) -> None:
         return told
 
     app.openapi = described  # type: ignore[method-assign]
+
+
+def _refuse_other_sites(headers: Headers) -> None:
+    """Return if no web page of another site sent this: without keys, anybody's page in a browser here could.
+
+    With keys it could not, since a browser asks before it lets a page send an `Authorization` header elsewhere.
+
+    Raises:
+        Forbidden: one did.
+    """
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    foreign = origin is not None and origin.rpartition("//")[2] != headers.get("host")
+    if site == "cross-site" or (site is None and foreign):
+        raise Forbidden("A web page of another site sent this call, and without keys (DMN_AUTH=open) none may.")
 
 
 async def _let_in(request: Request, gate: Gate, scope: Scope) -> None:

@@ -33,6 +33,8 @@ _OWN_IDS, _NUMBERS = secrets.token_hex(12), itertools.count(1)  # no two alike, 
 _GRACE_S = 0.25
 _LARGE = 10
 """A body that goes to disk may take so many deadlines to arrive."""
+_SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+"""Said with every answer that does not say otherwise: it is what its type says, and nobody keeps it for another."""
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 _PROBES = frozenset(("/livez", "/readyz", "/metrics"))
 """Asked every few seconds: neither logged nor traced."""
@@ -158,6 +160,8 @@ class _Visit:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["X-Request-ID"] = self._id
+            for name, value in _SAFE.items():
+                headers.setdefault(name, value)
             if self._leaving():
                 headers["Connection"] = "close"  # or the client's next call would meet a closed door
         await self._send(message)
@@ -169,12 +173,11 @@ def _metrics(scope: Scope) -> Metrics:
 
 
 def _route(scope: Scope) -> str:
-    """Return the template of the route that was taken; the documentation's own routes do not name themselves."""
+    """Return the template of the route that was taken; the document's own route does not name itself."""
     route = scope.get("route")
     if route is not None:
         return str(route.path)
-    app, path = scope["app"], scope["path"]
-    return path if path in (app.docs_url, app.openapi_url, app.redoc_url) else "unmatched"
+    return scope["path"] if scope["path"] == scope["app"].openapi_url else "unmatched"
 
 
 def patience_of(headers: Headers) -> float | None:

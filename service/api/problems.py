@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
 
 from .. import logs
 from ..classify import Fault
@@ -20,6 +21,7 @@ from ..images import ImageFault
 from ..metrics import Metrics
 from ..rooms import Rooms
 from .guard import Guarded
+from .pages import page
 from .schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -94,8 +96,8 @@ def _all_failed(faults: Sequence[Fault]) -> Response:
     return problem_response(told[0].model_copy(update={"errors": errors}))
 
 
-def register(app: FastAPI) -> None:
-    """Make every error of the app a problem."""
+def register(app: FastAPI, routes: Sequence[BaseRoute] = ()) -> None:
+    """Make every error of the app a problem; a method that is not allowed names those of these routes that are."""
 
     @app.exception_handler(ServiceError)
     @app.exception_handler(ImageFault)
@@ -115,30 +117,34 @@ def register(app: FastAPI) -> None:
             detail = f"There is no route {request.url.path[:200]!r}."
         if slug == "method-not-allowed":
             detail = f"{request.method[:20]} is not allowed here."
+        headers = dict(error.headers or {})
+        if slug == "method-not-allowed" and (allowed := _allowed(request, routes)):
+            headers["Allow"] = allowed
         rooms: Rooms = request.app.state.rooms
         rooms.metrics.rejected.labels(slug).inc()
         retry_after = rooms.batcher.retry_after_s() if slug == "queue-full" else None
-        return problem_response(problem(slug, detail, retry_after=retry_after), headers=dict(error.headers or {}))
+        return problem_response(problem(slug, detail, retry_after=retry_after), headers=headers)
 
 
 @router.get("/problems/{slug}", response_class=HTMLResponse, summary="What a problem type means and what to do")
-async def page(slug: str) -> HTMLResponse:
+async def show(slug: str) -> HTMLResponse:
     """Return the page of a problem type."""
     kind = PROBLEMS.get(slug)
     if kind is None:
         raise NotFound(f"There is no problem type {slug[:100]!r}.")
     status = f"{kind.status} {HTTPStatus(kind.status).phrase}"
     parts = (html.escape(part) for part in (kind.title, status, slug, kind.meaning, kind.remedy))
-    return HTMLResponse(_PAGE.format(*parts))
+    return page(kind.title, _PAGE.format(*parts))
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{0}</title>
-<style>body{{font:1.1rem/1.5 system-ui,sans-serif;max-width:40rem;margin:4rem auto;padding:0 1rem}}
-code{{background:#8882;padding:.1em .3em}}</style></head>
-<body><h1>{0}</h1><p><code>{1}</code> <code>{2}</code></p><p>{3}</p>
-<p><strong>What to do:</strong> {4}</p></body></html>
-"""
+_PAGE = """<h1>{0}</h1><p><code>{1}</code> <code>{2}</code></p><p>{3}</p>
+<p><strong>What to do:</strong> {4}</p>"""
+
+
+def _allowed(request: Request, routes: Sequence[BaseRoute]) -> str:
+    """Return the methods that a path takes, of all routes that have it; the framework names those of the first."""
+    fitting = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in fitting for method in getattr(route, "methods", ())}))
 
 
 def _sentences(error: RequestValidationError) -> str:
