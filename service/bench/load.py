@@ -184,7 +184,9 @@ async def saturate(client: Client, images: Sequence[bytes], *, clients: int, sec
 
     await asyncio.gather(*(one() for _ in range(clients)))
     done = [call.done for call in calls if call.status == _OK and call.done <= seconds]
-    latencies = [call.done - call.due for call in calls if call.status == _OK][clients:]
+    latencies = [call.done - call.due for call in calls if call.status == _OK]
     counted = done[clients - 1 :]
-    rate = (len(counted) - 1) / (counted[-1] - counted[0]) if len(counted) > 1 else 0.0
-    return Saturated(per_second=rate, latencies=latencies, failed=sum(call.status != _OK for call in calls))
+    rate = (len(counted) - 1) / (counted[-1] - counted[0]) if len(counted) > 1 else len(done) / seconds
+    return Saturated(
+        per_second=rate, latencies=latencies[clients:] or latencies, failed=sum(call.status != _OK for call in calls)
+    )
