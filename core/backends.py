@@ -60,7 +60,7 @@ class Runtime:
 
     def batch(self, device: torch.device) -> int:
         """Return how many pictures go through a device at once."""
-        return self.most if device.type == "cuda" else min(self.most, _CPU_BATCH)
+        return min(self.most, _CPU_BATCH) if device.type == "cpu" else self.most
 
 
 def check_possible(runtime: Runtime, device: torch.device) -> None:
@@ -114,7 +114,8 @@ def image_tower(
     make_leaner(visual, plain.normalised(pictures.to(device)))
 
     def check(tower: Tower) -> None:
-        _check_agreement(unit(tower(pictures).to(torch.float32)), reference, runtime)
+        found = torch.cat([tower(part) for part in pictures.split(runtime.batch(device))])
+        _check_agreement(unit(found.to(torch.float32)), reference, runtime)
 
     if runtime.backend != "torch":
         dtype = torch.bfloat16 if runtime.dtype == "bfloat16" else torch.float32

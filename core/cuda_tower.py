@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from .encoder import Preprocess
+from .errors import reason
 from .towers import PixelTower
 
 _WARM_RUNS = 3
@@ -34,16 +35,17 @@ class CudaTower:
         self, tower: PixelTower, preprocess: Preprocess, device: torch.device, most: int, notice: Callable[[str], None]
     ) -> None:
         self._tower, self._device = tower, device
-        self._pinned = torch.zeros(most, 3, preprocess.size, preprocess.size, dtype=torch.uint8).pin_memory(device)
+        self._pinned = torch.zeros(most, 3, preprocess.size, preprocess.size, dtype=torch.uint8, pin_memory=True)
         self._crossed = torch.cuda.Event()
         self._graphs: dict[int, _Graph] = {}
-        try:
-            pool = None
-            for size in reversed(sizes(most)):  # the largest first: the others fit into its memory
-                self._graphs[size], pool = _captured(tower, self._pinned[:size].to(device), pool)
-        except RuntimeError as error:
-            self._graphs.clear()
-            notice(f"no CUDA graph of the encoder: {error}")
+        with torch.cuda.device(device):
+            try:
+                pool = None
+                for size in reversed(sizes(most)):  # the largest first: the others fit into its memory
+                    self._graphs[size], pool = _captured(tower, self._pinned[:size].to(device), pool)
+            except RuntimeError as error:
+                self._graphs.clear()
+                notice(f"no CUDA graph of the encoder: {reason(error)}")
 
     def __call__(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Return raw features on the device."""
@@ -51,13 +53,14 @@ class CudaTower:
         self._crossed.synchronize()  # the last batch may still be on its way out of the pinned memory
         staged = self._pinned[:n].copy_(pixels)
         graph = next((self._graphs[size] for size in sorted(self._graphs) if size >= n), None)
-        inputs = torch.empty_like(staged, device=self._device) if graph is None else graph.inputs[:n]
-        inputs.copy_(staged, non_blocking=True)
-        self._crossed.record()
-        if graph is None:
-            return self._tower.forward(inputs)
-        graph.replay()
-        return graph.output[:n].clone()  # the next replay writes over it
+        with torch.cuda.device(self._device):
+            inputs = torch.empty_like(staged, device=self._device) if graph is None else graph.inputs[:n]
+            inputs.copy_(staged, non_blocking=True)
+            self._crossed.record()
+            if graph is None:
+                return self._tower.forward(inputs)
+            graph.replay()
+            return graph.output[:n].clone()  # the next replay writes over it
 
 
 def sizes(most: int) -> list[int]:
@@ -66,13 +69,13 @@ def sizes(most: int) -> list[int]:
 
 
 def _captured(tower: PixelTower, inputs: UInt8[Tensor, "n 3 h w"], pool: Any) -> tuple[_Graph, Any]:
-    aside = torch.cuda.Stream(inputs.device)
-    aside.wait_stream(torch.cuda.current_stream(inputs.device))
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(_WARM_RUNS):
             tower(inputs)
-    torch.cuda.current_stream(inputs.device).wait_stream(aside)
+    torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(inputs.device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = tower(inputs)
     return _Graph(inputs=inputs, replay=graph.replay, output=output), graph.pool()

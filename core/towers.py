@@ -33,9 +33,9 @@ class PixelTower(nn.Module):
         self.visual = visual.to(memory_format=self.layout)
 
     def forward(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Return raw features of pixels on the tower's device."""
+        """Return raw features on the tower's device."""
         return features_of(self.visual, self.normalised(pixels).to(self.dtype, memory_format=self.layout))
 
     def normalised(self, pixels: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 h w"]:
-        """Return (pixels / 255 - mean) / std."""
-        return pixels.to(torch.float32) * self.scale + self.shift
+        """Return (pixels / 255 - mean) / std, on the tower's device; they travel there as bytes."""
+        return pixels.to(self.scale.device).to(torch.float32) * self.scale + self.shift

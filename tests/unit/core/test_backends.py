@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from core import backends, kept
+from core import backends, cuda_tower, kept
 from core.backends import AGREEMENT, Runtime, check_possible, image_tower, sample
 from core.encoder import Preprocess
 from core.errors import EncoderUnavailable
@@ -222,6 +222,20 @@ def test_features_that_overflow_are_refused() -> None:
         built(visual, Runtime(dtype="bfloat16"))
 
 
+def test_no_tower_meets_more_pictures_at_once_than_it_was_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, met = PixelTower.forward, []
+
+    def noted(self: PixelTower, pixels: torch.Tensor) -> torch.Tensor:
+        met.append(len(pixels))
+        return forward(self, pixels)
+
+    visual, runtime = small(), Runtime(most=3)
+    expected = reference(visual, sample(32))
+    monkeypatch.setattr(PixelTower, "forward", noted)
+    image_tower(visual, PREPROCESS, expected, "small", runtime, CPU)
+    assert met == [3, 1]
+
+
 def test_a_gpu_takes_batches_whole_and_a_cpu_in_eights() -> None:
     assert Runtime(most=32).batch(torch.device("cuda")) == 32
     assert Runtime(most=32).batch(CPU) == 8
@@ -256,7 +270,14 @@ def test_a_gpu_gives_the_models_features_for_batches_of_every_size(dtype: backen
     runtime = Runtime(dtype=dtype, most=12, notice=told.append)
     tower = image_tower(visual.to(device), PREPROCESS, expected.to(device), "small", runtime, device)
     visual.cpu()
-    for n in (1, 3, 12, 5, 1):
+    for n in (1, 3, 12, 5, 1):  # some are padded, and none sees what an earlier one left
         cosines = (unit(tower(pixels(n)).float()).cpu() * reference(small(), pixels(n))).sum(1)
         assert cosines.min() >= AGREEMENT
     assert told == []
+
+
+@pytest.mark.parametrize(
+    ("most", "captured"), [(1, [1]), (2, [1, 2]), (12, [1, 2, 4, 8, 12]), (32, [1, 2, 4, 8, 16, 32])]
+)
+def test_a_graph_is_captured_for_powers_of_two_and_the_largest_batch(most: int, captured: list[int]) -> None:
+    assert cuda_tower.sizes(most) == captured
