@@ -15,6 +15,7 @@ from .readout import Prepared, Turned, barrier, prepare, scores
 from .snapshot import Snapshot
 
 _NARROWEST = 4
+_STEPS = 5
 _FEWEST_ROWS = 4
 _AT_ONCE = 32
 _SMALL = 1 << 20
@@ -24,9 +25,9 @@ _SMALL = 1 << 20
 class Shelves:
     """A cache of one snapshot's banks, changed in place by one owner.
 
-    Classes of similar size share a shelf, padded to its width, so that padding adds at most a quarter to what is
-    filled (and three slots to a class of a few), however uneven the classes are. A class that outgrows its shelf moves
-    to the next one. A small bank stands on one shelf, as wide as its widest class.
+    Classes of similar size share a shelf, padded to its width, so that padding adds three slots at most, or a sixteenth
+    to what is filled, however uneven the classes are. A class that outgrows its shelf moves to the next one. A small
+    bank stands on one shelf, as wide as its widest class.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -186,7 +187,7 @@ class _Shelf:
 
 
 def _width(filled: int) -> int:
-    step = max(_NARROWEST, 1 << (filled.bit_length() - 3) if filled.bit_length() > 3 else 1)  # noqa: PLR2004
+    step = max(_NARROWEST, 1 << max(0, filled.bit_length() - _STEPS))
     return -(-filled // step) * step
 
 

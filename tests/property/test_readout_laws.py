@@ -291,7 +291,7 @@ def test_shelves_that_followed_are_shelves_built_anew(grown: tuple[World, list[t
 
 @given(growths(), st.integers(0, 2**32 - 1))
 def test_padding_stays_small_however_uneven_the_classes(grown: tuple[World, list[tuple[int, int]]], seed: int) -> None:
-    """Per filled slot: at most a key and its Gram row at a width a quarter (or three slots) wider, rows doubled.
+    """Per filled slot: at most a key and its Gram row at a width three slots (or a sixteenth) wider, rows doubled.
 
     A small bank, which stands on one shelf, is all as wide as its widest class.
     """
@@ -302,7 +302,7 @@ def test_padding_stays_small_however_uneven_the_classes(grown: tuple[World, list
         rows[label] = slots_of(rng, dim, count)
     snapshot = replace(world.snapshot, dynamic=DynamicMemory(classes=tuple(rows), slots=40))
     filled = [snapshot.bank([c])[0].keys.shape[1] for c in range(classes)]
-    widths = [max(n + 3, 1.25 * n) for n in filled]
+    widths = [max(n + 3, 17 / 16 * n) for n in filled]
     projected, branches_ = snapshot.projection is not None, 2 if snapshot.static.filled else 1
     a_row = [4 * (w * dim + w * w + w * (1 + branches_) + projected * (3 * dim + 2 * w)) for w in widths]
     assert Shelves(snapshot).nbytes <= max(len(a_row), 4) * max(a_row)
