@@ -21,10 +21,11 @@ check: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
-	$(BIN)/python tests/bench/bench_readout.py
-	$(BIN)/python tests/bench/bench_auto.py
+	$(BIN)/dmn bench readout
+	$(BIN)/dmn bench readout --shots 16 --batch 32
+	$(BIN)/dmn bench scaling
+	$(BIN)/dmn bench store
 	$(BIN)/python tests/bench/bench_resident.py
-	$(BIN)/python tests/bench/bench_store.py
 	$(BIN)/python -m tests.bench.bench_serving
 	$(BIN)/python -m tests.bench.bench_encoder
 

@@ -29,6 +29,9 @@ MOST_A_SECOND = 100_000
 
 Name = TypeVar("Name", bound=str)
 
+MOST_CLASSES, MOST_TENANTS = 10_000, 100_000
+"""More than a tenant may have, and than fit into memory."""
+
 app = typer.Typer(help="Measure how fast things are here, side by side.", no_args_is_help=True)
 
 
@@ -90,12 +93,73 @@ def encode(
         random=random,
         backends=_chosen("backends", backends, part.BACKENDS),
         dtypes=_chosen("dtypes", dtypes, part.DTYPES),
-        batches=_sizes(batches),
+        batches=_sizes("batches", batches, MOST_AT_ONCE),
         seconds=seconds,
         device=device,
     )
     console = Console(stderr=True)
     tell(part, lambda: part.measure(plan, console), as_json=as_json, plot=plot)
+
+
+@app.command()
+def readout(
+    classes: Annotated[int, typer.Option(min=1, max=MOST_CLASSES)] = 1000,
+    slots: Annotated[int, typer.Option(min=1, help="Filled dynamic slots of each class.")] = 50,
+    shots: Annotated[int, typer.Option(min=0, help="Labelled shots of each class.")] = 0,
+    dim: Annotated[int, typer.Option(min=1, help="Entries of a feature.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Images read together.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0 leaves it its own choice.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured, but for those that take long.")] = 15,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the features.")] = 0,
+    as_json: JsonOption = False,  # noqa: FBT002
+    plot: PlotOption = None,
+) -> None:
+    """Read a full memory, and measure how long that takes beside plainer forms of the same."""
+    from . import readout as part  # noqa: PLC0415 - as the docstring above says
+
+    problem = part.Problem(classes=classes, slots=slots, shots=shots, dim=dim, batch=batch, seed=seed)
+    tell(part, lambda: part.measure(problem, threads=threads, repeats=repeats), as_json=as_json, plot=plot)
+
+
+@app.command()
+def scaling(
+    classes: Annotated[str, typer.Option(metavar="1,2,5", help="Numbers of classes.")] = "10,100,1000,10000",
+    tenants: Annotated[
+        str, typer.Option(metavar="1,2,5", help="Numbers of tenants that take turns.")
+    ] = "1,10,100,1000",
+    of: Annotated[int, typer.Option(min=1, help="Classes of each of these tenants.")] = 20,
+    slots: Annotated[int, typer.Option(min=1, help="Filled dynamic slots of each class.")] = 50,
+    shots: Annotated[int, typer.Option(min=0, help="Labelled shots of each class.")] = 0,
+    dim: Annotated[int, typer.Option(min=1, help="Entries of a feature.")] = 512,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of torch; 0 leaves it its own choice.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured, but for those that take long.")] = 9,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the features.")] = 0,
+    as_json: JsonOption = False,  # noqa: FBT002
+    plot: PlotOption = None,
+) -> None:
+    """Answer one image at a time, and measure how that grows with classes and with tenants."""
+    from . import scaling as part  # noqa: PLC0415 - as the docstring above says
+    from .readout import Problem  # noqa: PLC0415 - as above
+
+    problem = Problem(classes=of, slots=slots, shots=shots, dim=dim, batch=1, seed=seed)
+    numbers = _sizes("classes", classes, MOST_CLASSES), _sizes("tenants", tenants, MOST_TENANTS)
+    tell(part, lambda: part.measure(problem, *numbers, threads=threads, repeats=repeats), as_json=as_json, plot=plot)
+
+
+@app.command()
+def store(
+    classes: Annotated[int, typer.Option(min=1, max=MOST_CLASSES)] = 1000,
+    slots: Annotated[int, typer.Option(min=1, help="Filled slots of each class.")] = 50,
+    dim: Annotated[int, typer.Option(min=1, help="Entries of a feature.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="How often each is measured.")] = 7,
+    as_json: JsonOption = False,  # noqa: FBT002
+    plot: PlotOption = None,
+) -> None:
+    """Run an embedded store, and measure what a cold load and an accepted write take."""
+    from . import store as part  # noqa: PLC0415 - as the docstring above says
+
+    problem = part.Problem(classes=classes, slots=slots, dim=dim)
+    tell(part, lambda: part.measure(problem, repeats=repeats), as_json=as_json, plot=plot)
 
 
 def _chosen(option: str, text: str, known: Sequence[Name]) -> list[Name]:
@@ -105,13 +169,13 @@ def _chosen(option: str, text: str, known: Sequence[Name]) -> list[Name]:
     return [name for name in known if name in names]
 
 
-def _sizes(text: str) -> list[int]:
+def _sizes(option: str, text: str, most: int) -> list[int]:
     try:
         sizes = [int(one) for one in text.split(",") if one.strip()]
     except ValueError as error:
-        raise InvalidRequest(f"--batches takes numbers separated by commas, such as 1,8,32; got {text!r}.") from error
-    if not sizes or not all(0 < size <= MOST_AT_ONCE for size in sizes):
-        raise InvalidRequest(f"--batches must be above 0 and at most {MOST_AT_ONCE:,}; got {text!r}.")
+        raise InvalidRequest(f"--{option} takes numbers separated by commas, such as 1,8,32; got {text!r}.") from error
+    if not sizes or not all(0 < size <= most for size in sizes):
+        raise InvalidRequest(f"--{option} must be above 0 and at most {most:,}; got {text!r}.")
     return sizes
 
 

@@ -94,4 +94,4 @@ def test_unknown_backends_are_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["1,x", "", "0", "-3", "99999"])
 def test_wrong_batch_sizes_are_refused(text: str) -> None:
     with pytest.raises(InvalidRequest, match="--batches"):
-        cli._sizes(text)
+        cli._sizes("batches", text, cli.MOST_AT_ONCE)
