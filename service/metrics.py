@@ -12,6 +12,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 STAGES = ("decode", "queue", "encode", "memory", "store")
 OUTCOMES = ("filled", "replaced", "rejected", "duplicate", "skipped", "pending", "lost")
 AGREEMENTS = ("all", "text_dynamic", "text_static", "dynamic_static", "none")
+REFUSALS = ("queue-full", "rate-limited", "unauthenticated", "forbidden", "store-down", "draining")
+FAULTS = ("image-unreadable", "image-too-large", "unsupported-media-type", "deadline-exceeded", "internal")
+"""Of all refusals, and of all faults of images, those that alerts ask for."""
 
 Lap = tuple[str, float, int]
 """One stage of an image's way: its name, the seconds that it took, and when it ended, in nanoseconds since 1970."""
@@ -95,3 +98,7 @@ class Metrics:
             self.predictions.labels(agreement)
         for stage in STAGES:
             self.stage_seconds.labels(stage)
+        for reason in REFUSALS:
+            self.rejected.labels(reason)
+        for reason in FAULTS:
+            self.image_errors.labels(reason)

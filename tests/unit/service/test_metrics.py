@@ -6,7 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from service.metrics import AGREEMENTS, OUTCOMES, STAGES, Lap, Metrics
+from service.errors import PROBLEMS
+from service.metrics import AGREEMENTS, FAULTS, OUTCOMES, REFUSALS, STAGES, Lap, Metrics
 
 FIXED: dict[str, tuple[type[MetricWrapperBase], tuple[str, ...]]] = {
     "dmn_requests_total": (Counter, ("method", "route", "code")),
@@ -75,6 +76,8 @@ def test_nothing_else_is_in_the_registry(metrics: Metrics) -> None:
         ("dmn_memory_updates_total", "outcome", OUTCOMES),
         ("dmn_predictions_total", "agreement", AGREEMENTS),
         ("dmn_stage_duration_seconds_count", "stage", STAGES),
+        ("dmn_rejected_total", "reason", REFUSALS),
+        ("dmn_image_errors_total", "reason", FAULTS),
     ],
 )
 def test_series_of_known_labels_start_at_zero(metrics: Metrics, name: str, label: str, values: tuple[str, ...]) -> None:
@@ -84,6 +87,7 @@ def test_series_of_known_labels_start_at_zero(metrics: Metrics, name: str, label
 def test_the_known_labels_are_the_fixed_ones() -> None:
     assert set(OUTCOMES) == {"filled", "replaced", "rejected", "duplicate", "skipped", "pending", "lost"}
     assert set(AGREEMENTS) == {"all", "text_dynamic", "text_static", "dynamic_static", "none"}
+    assert PROBLEMS.keys() >= {*REFUSALS, *FAULTS}
     assert STAGES == ("decode", "queue", "encode", "memory", "store")
 
 
