@@ -27,6 +27,7 @@ bench: $(VENV)/.bench
 	$(BIN)/dmn bench store
 	$(BIN)/python tests/bench/bench_resident.py
 	$(BIN)/python -m tests.bench.bench_serving
+	$(BIN)/python -m tests.bench.bench_processes
 	$(BIN)/python -m tests.bench.bench_encoder
 
 # Long runs: workers that converge, processes that are killed, a cluster that loses nodes,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from socket import socket
 from types import FrameType
 from typing import Any, Protocol, cast
@@ -21,6 +23,9 @@ Address = tuple[str, int]
 
 _TICKS = 10
 """Of uvicorn's, which are a second."""
+
+_LAST_WORDS_S = 0.25
+"""For callers to say what they want who came just before the door closed."""
 
 
 class Gate(Protocol):
@@ -70,6 +75,27 @@ class Door(uvicorn.Server):
         if self.started:
             self._opened(self.servers[0].sockets[0].getsockname()[:2])
 
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        """Close the door behind whoever was there before, hear what they have to say, and see everybody out."""
+        await self._let_last_in()
+        if not self.force_exit:
+            await asyncio.sleep(_LAST_WORDS_S)
+        await super().shutdown(sockets)
+
+    async def _let_last_in(self) -> None:
+        """Listen no more; callers who are connected, and whom nobody has looked at yet, would be cut off with that."""
+        loop = asyncio.get_running_loop()
+        for server in self.servers:
+            held = [socket(fileno=os.dup(listener.fileno())) for listener in server.sockets]
+            server.close()
+            last = [caller for listener in held for caller in _knocking(listener)]
+            for caller in last:
+                await loop.connect_accepted_socket(self._caller, caller)
+
+    def _caller(self) -> asyncio.Protocol:
+        state = self.lifespan.state
+        return self._step.caller(config=self.config, server_state=self.server_state, app_state=state)
+
     async def on_tick(self, counter: int) -> bool:
         """Look at the doorstep every second."""
         if counter % _TICKS == 0:
@@ -92,6 +118,14 @@ class Door(uvicorn.Server):
         """Let nobody in any more; who is inside is served to the end."""
         self._gate.leaving = self._gate.draining = True
         self.should_exit = True
+
+
+def _knocking(listener: socket) -> Iterator[socket]:
+    """Yield whoever waits to be let in, and close the listener behind the last one."""
+    with listener, suppress(BlockingIOError):
+        listener.setblocking(False)  # noqa: FBT003 - its only argument
+        while True:
+            yield listener.accept()[0]
 
 
 def announce(console: Console, settings: Settings, *, encoder: str, address: Address) -> None:

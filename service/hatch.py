@@ -65,8 +65,7 @@ class Line(asyncio.BufferedProtocol):
         if len(body) <= _TOGETHER:
             self._transport.write(start + bytes(body))
         else:
-            self._transport.write(start)
-            self._transport.write(body)
+            self._transport.writelines((start, body))
 
     async def flush(self) -> None:
         """Return once the other end takes more, or is gone: whoever sends much waits here before each frame."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -61,6 +62,7 @@ class Lifeline:
     """The started process's end; `told` says whether it has said that it serves, `alone` that nobody is left."""
 
     def __init__(self, file: int) -> None:
+        os.set_inheritable(file, False)  # noqa: FBT003 - its only one; what this process starts must not hold the line
         self._socket = socket.socket(fileno=file)
         self.told = self.alone = False
 

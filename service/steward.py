@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,8 +216,8 @@ class Steward:
             if not child.ready.done():
                 child.ready.set_exception(ChildProcessError(child.why or _silent(child.plan, status)))
                 return
-            lived_s = time.monotonic() - began
-            pause_s = _FIRST_PAUSE_S if lived_s > _STEADY_S else pause_s
+            if time.monotonic() - began > _STEADY_S:
+                pause_s = _FIRST_PAUSE_S
             logs.event(
                 logs.PROCESS_ENDED,
                 level=logging.ERROR,
@@ -229,32 +229,41 @@ class Steward:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    async def _live(self, child: _Child) -> int:
-        """Start a process, hear what it says, and return its exit status when it ends."""
+    async def _live(self, child: _Child) -> int | None:
+        """Start a process, hear what it says, and return its exit status when it ends; None if it cannot be started."""
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=ours)
-        with closing(theirs), closing(self._another_door()) as door:
-            files = (theirs.fileno(), door.fileno())
-            child.process = await asyncio.create_subprocess_exec(
-                *_this_command(),
-                COMMAND,
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=files,
-                start_new_session=True,  # Ctrl-C is for the steward alone, who tells the others in order
-                env=self._environment(),
-            )
-            writer.write(replace(child.plan, door=door.fileno()).line())
-        if self._leaving:
-            child.signal(signal.SIGTERM)
-        child.why = ""
-        self._hear(child, await reader.readline())
-        status = await child.process.wait()
-        writer.close()
-        mark_process_dead(child.process.pid, str(self._folder / "metrics"))
-        return status
+        try:
+            with theirs, self._another_door() as door:
+                child.process = await self._started(theirs.fileno(), door.fileno())
+                writer.write(replace(child.plan, door=door.fileno()).line())
+            if self._leaving:
+                child.signal(signal.SIGTERM)
+            self._hear(child, await reader.readline())
+            status = await child.process.wait()
+            mark_process_dead(child.process.pid, str(self._folder / "metrics"))
+        except OSError as error:
+            child.why = str(error)
+            return None
+        else:
+            return status
+        finally:
+            writer.close()
+
+    async def _started(self, *files: int) -> asyncio.subprocess.Process:
+        """Start a process; the first of the files that it is handed is its lifeline."""
+        return await asyncio.create_subprocess_exec(
+            *_this_command(),
+            COMMAND,
+            str(files[0]),
+            stdin=asyncio.subprocess.DEVNULL,
+            pass_fds=files,
+            start_new_session=True,  # Ctrl-C is for the steward alone, who tells the others in order
+            env=self._environment(),
+        )
 
     def _hear(self, child: _Child, line: bytes) -> None:
+        """Note what a process says of itself, nothing if it ended before."""
         told = json.loads(line) if line else {}
         child.why = told.get("failed", "")
         if "ready" in told:
@@ -276,7 +285,7 @@ class Steward:
         return own | {_METRICS: str(self._folder / "metrics")}
 
 
-def _silent(plan: Plan, status: int) -> str:
+def _silent(plan: Plan, status: int | None) -> str:
     return f"The process {plan.name} ended with status {status} before it served. What it said stands above."
 
 

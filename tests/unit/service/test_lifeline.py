@@ -19,6 +19,7 @@ PATIENCE_S = 10.0
 @pytest.fixture
 def ends() -> Iterator[tuple[socket.socket, Lifeline]]:
     ours, theirs = socket.socketpair()
+    theirs.set_inheritable(True)
     line = Lifeline(theirs.detach())
     with ours, line._socket:
         yield ours, line
@@ -59,6 +60,11 @@ def test_a_process_that_nobody_started_is_refused(ends: tuple[socket.socket, Lif
     with pytest.raises(ValueError, match="for `dmn serve` alone"):
         line.plan()
     line.ready({})  # nobody is left to hear it
+
+
+def test_what_a_process_starts_does_not_hold_its_line(ends: tuple[socket.socket, Lifeline]) -> None:
+    _, line = ends
+    assert not line._socket.get_inheritable()
 
 
 async def test_who_holds_the_other_end_is_missed_at_once(ends: tuple[socket.socket, Lifeline]) -> None:

@@ -105,6 +105,28 @@ async def test_after_the_delay_it_refuses_work_and_stops(rooms: Rooms) -> None:
         pass
 
 
+@pytest.mark.parametrize("late", [False, True])
+async def test_who_was_there_before_the_door_closed_is_answered(rooms: Rooms, *, late: bool) -> None:
+    own = server(rooms, Settings(drain_delay_s=0, port=0))
+    own.config.load()
+    own.lifespan = own.config.lifespan_class(own.config)
+    await own.startup()
+    address = own.servers[0].sockets[0].getsockname()
+    request = b"GET /livez HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n"
+    with socket.create_connection(address) as caller:  # nobody has looked yet who is there
+        if not late:
+            caller.sendall(request)
+        leaving = asyncio.create_task(own.shutdown())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        if late:
+            caller.sendall(request)
+        await leaving
+        assert caller.recv(4096).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_told_twice_it_does_not_wait_for_the_delay(rooms: Rooms) -> None:
     own = server(rooms, Settings(drain_delay_s=1000))
     own.handle_exit(signal.SIGINT, None)
