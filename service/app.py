@@ -24,7 +24,7 @@ from .api import admin, classify, health, jobs, memory, pages, problems, tenants
 from .api.guard import describe
 from .api.porch import Porch
 from .archive import Archive
-from .auth import Gate, operator_key_of
+from .auth import Gate
 from .batching import Batcher
 from .darkroom import Darkroom
 from .desk import Desk
@@ -35,12 +35,10 @@ from .images import ImageLimits
 from .jobs import Jobs
 from .metrics import Metrics
 from .rooms import Rooms
-from .settings import Settings
+from .settings import Settings, operator_key_of
 from .stores.base import MemoryStore
-from .stores.connection import connect
-from .stores.embedded import embedded_server, free_bytes, settled
-from .stores.memory import InProcessStore
-from .stores.redis import RedisStore
+from .stores.embedded import free_bytes, settled
+from .stores.opening import open_store
 from .stores.watched import watched
 from .texts import TextFeatures
 from .worker import Worker, batch_on, choose_device
@@ -57,7 +55,8 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
     Raises:
         ValueError: the operator's key cannot be read.
     """
-    keys, operator_key = settings.auth == "keys", operator_key_of(settings)
+    keys = settings.auth == "keys"
+    operator_key = operator_key_of(settings) if keys else ""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -111,7 +110,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
         device = choose_device(settings.device)
         settings = settings.model_copy(update={"batch_images": batch_on(device, settings)})
         # First what fails fast: an encoder takes its time.
-        async with tracing.opened(settings) as traces, _open_store(settings) as store:
+        async with tracing.opened(settings) as traces, open_store(settings) as store:
             loaded = encoder
             if loaded is None:
                 loaded = await worker.run(load_encoder, settings, device)
@@ -240,32 +239,6 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
 def _has_room(settings: Settings) -> bool:
     """Return whether the embedded store may write more: a store elsewhere looks after its disk itself."""
     return settings.store != "embedded" or free_bytes(settings.data_dir) >= settings.min_free_bytes
-
-
-@asynccontextmanager
-async def _open_store(settings: Settings) -> AsyncIterator[MemoryStore]:
-    """Open the store that the settings name, and close it; the embedded one is started and stopped around it.
-
-    Raises:
-        StoreDown: it does not answer, or cannot be started.
-    """
-    ttl_s, room = settings.idempotency_ttl_s, settings.idempotency_max_bytes
-    if settings.store == "memory":
-        yield InProcessStore(clock=time.time, remember_s=ttl_s, remember_bytes=room)
-        return
-    async with AsyncExitStack() as stack:
-        url = settings.store
-        if url == "embedded":
-            server = embedded_server(settings.data_dir, settings.embedded_binary, fsync=settings.embedded_fsync)
-            await stack.enter_async_context(server.running())
-            url = server.url
-        # Wall time: answers kept for their idempotency keys are shared by workers, and outlive them.
-        client = connect(url, timeout_s=settings.store_timeout_ms / 1000)
-        spread = "+cluster:" in url
-        store = RedisStore(client, clock=time.time, remember_s=ttl_s, remember_bytes=room, spread=spread)
-        stack.push_async_callback(store.aclose)
-        await store.check()
-        yield store
 
 
 def _warm_up(encoder: Encoder) -> None:

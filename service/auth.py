@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import sha256
 from itertools import islice
-from pathlib import Path
 
 from .errors import Forbidden, InvalidRequest, StoreDown, Unauthenticated
-from .settings import DEFAULT_TENANT, OPERATOR_KEY, Settings
+from .settings import DEFAULT_TENANT
 from .stores.base import StoredKey, tenant_of_key
 from .tenants import tenant_name
 
@@ -237,29 +236,6 @@ class Keyring:
         self._known[id_] = read_at, found
         while len(self._known) > _MOST_KNOWN or read_at - next(iter(self._known.values()))[0] > FRESH_S:
             self._known.popitem(last=False)
-
-
-def operator_key_of(settings: Settings) -> str:
-    """Return the operator's key that settings give, or ''.
-
-    Raises:
-        ValueError: the file that they name cannot be read, or does not hold a key.
-    """
-    if not settings.operator_key_file:
-        return settings.operator_key
-    try:
-        key = Path(settings.operator_key_file).read_text(encoding="ascii").strip()
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no text in ASCII"
-        raise ValueError(
-            f"DMN_OPERATOR_KEY_FILE names {settings.operator_key_file}, which cannot be read: {why}."
-        ) from error
-    if not re.fullmatch(OPERATOR_KEY, key):
-        raise ValueError(
-            f"DMN_OPERATOR_KEY_FILE names {settings.operator_key_file}, which does not hold a key: 20 to 512 printable "
-            "ASCII characters without spaces."
-        )
-    return key
 
 
 def _presented(authorization: Sequence[str]) -> str:

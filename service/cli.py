@@ -1,4 +1,4 @@
-"""The command line: `dmn serve`, `classify`, `evaluate`, `train`, `replay`, `memory`, `bench`, `config`.
+"""The command line: `dmn serve`, `classify`, `evaluate`, `train`, `replay`, `memory`, `keys`, `bench`, `config`.
 
 Settings are made here, once.
 """
@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -27,7 +28,7 @@ from core.errors import CoreError
 from . import logs, remote
 from .bench.cli import app as bench
 from .errors import ServiceError
-from .settings import CONFIG_VARIABLE, DEFAULT_TENANT, Settings
+from .settings import CONFIG_VARIABLE, DEFAULT_TENANT, Settings, operator_key_of
 
 app = typer.Typer(
     name="dmn",
@@ -38,6 +39,8 @@ app = typer.Typer(
 )
 memory = typer.Typer(help="Move the memory of a tenant of a running service.", no_args_is_help=True)
 app.add_typer(memory, name="memory")
+keys = typer.Typer(help="Make, list and revoke API keys, in the store that DMN_STORE names.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
 app.add_typer(bench, name="bench")
 out = Console()
 err = Console(stderr=True)
@@ -79,6 +82,12 @@ MethodOption = Annotated[
 TenantOption = Annotated[str, typer.Option(help="Whose memory.")]
 UrlOption = Annotated[
     str | None, typer.Option("--url", help="Address of the service; by default that of DMN_HOST and DMN_PORT.")
+]
+KeyFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--key-file", help="File that holds an API key for it; without --url that of DMN_OPERATOR_KEY if left out."
+    ),
 ]
 
 
@@ -342,11 +351,12 @@ def export_memory(
     file: Annotated[Path, typer.Argument(help="Where to write the memory, a safetensors file.")],
     tenant: TenantOption = DEFAULT_TENANT,
     url: UrlOption = None,
+    key_file: KeyFileOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,  # noqa: FBT002
     as_json: JsonOption = False,  # noqa: FBT002
 ) -> None:
     """Write a tenant's configuration and memories to a file."""
-    size = remote.export_memory(_service_url(url), tenant, file, err, force=force)
+    size = remote.export_memory(*_service(url, key_file), tenant, file, err, force=force)
     if as_json:
         _print_json({"tenant": tenant, "file": str(file), "bytes": size})
     else:
@@ -358,16 +368,79 @@ def import_memory(
     file: Annotated[Path, typer.Argument(help="An exported memory.")],
     tenant: TenantOption = DEFAULT_TENANT,
     url: UrlOption = None,
+    key_file: KeyFileOption = None,
     as_json: JsonOption = False,  # noqa: FBT002
 ) -> None:
     """Replace a tenant's configuration and memories by an exported file, or create the tenant."""
-    told = remote.import_memory(_service_url(url), tenant, file, err)
+    told = remote.import_memory(*_service(url, key_file), tenant, file, err)
     if as_json:
         _print_json(told)
         return
     saved = told["snapshot"]
     kept = f" What it was before is in the snapshot {saved['id']}." if saved else ""
     out.print(f"The memory of {tenant} is now that of {file}.{kept}", highlight=False, soft_wrap=True)
+
+
+@keys.command("create")
+def create_key(
+    scope: Annotated[
+        str, typer.Option(help="What it allows, separated by commas: classify, memory, admin, metrics; or operator.")
+    ],
+    tenant: Annotated[
+        str, typer.Option(help="Whose key it is; left out for operator, and for metrics if you like.")
+    ] = "",
+    expires: Annotated[
+        str | None, typer.Option(help="When it expires: 90d, 12h, or a date (UTC); never if left out.")
+    ] = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Make a key and print it: this once, for only its hash is kept."""
+    from . import locksmith  # noqa: PLC0415 - as in serve
+
+    now = time.time()
+    scopes = list(dict.fromkeys(name for part in scope.split(",") if (name := part.strip())))
+    ends = None if expires is None else locksmith.moment(expires, now)
+    settings = _quiet(_settings())
+    key, kept, there = asyncio.run(locksmith.create(settings, tenant=tenant, scopes=scopes, expires=ends, now=now))
+    if as_json:
+        _print_json({"key": key, **locksmith.told(kept, now)})
+    else:
+        sys.stdout.write(f"{key}\n")
+        _note(f"This is the only time that this key is shown. Its id is {kept.id}.")
+    if not there:
+        _note(f"There is no tenant {tenant!r} yet. A key with the scope admin, or operator, can create it.")
+    if settings.auth == "open":
+        _note("A service asks for keys only if it is started with DMN_AUTH=keys.")
+
+
+@keys.command("list")
+def list_keys(
+    tenant: Annotated[str | None, typer.Option(help="Whose keys; all if left out.")] = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """List keys, without what would open anything."""
+    from . import locksmith  # noqa: PLC0415 - as in serve
+
+    now, found = time.time(), asyncio.run(locksmith.every(_quiet(_settings()), tenant))
+    if as_json:
+        _print_json({"keys": [locksmith.told(key, now) for key in found]})
+    else:
+        out.print(locksmith.table(found, now))
+
+
+@keys.command("revoke")
+def revoke_key(
+    which: Annotated[str, typer.Argument(metavar="ID", help="Its id, as `dmn keys list` shows it; or the key itself.")],
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Take a key back; every service on the store refuses it within a second."""
+    from . import locksmith  # noqa: PLC0415 - as in serve
+
+    id_ = asyncio.run(locksmith.revoke(_quiet(_settings()), which))
+    if as_json:
+        _print_json({"id": id_, "revoked": True})
+    else:
+        out.print(f"The key {id_} is revoked.", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -394,11 +467,21 @@ def _settings(**given: object) -> Settings:
         _stop(" ".join(_setting_fault(one) for one in error.errors(include_url=False)))
 
 
-def _service_url(url: str | None) -> str:
+def _service(url: str | None, key_file: Path | None) -> tuple[str, str]:
+    """Return where a service is, and the key for it or ''. The operator's own goes to the one of the settings alone."""
+    given = "" if key_file is None else _key_in(key_file)
     if url is not None:
-        return url.rstrip("/")
+        return url.rstrip("/"), given
     settings = _settings()
-    return f"http://{f'[{settings.host}]' if ':' in settings.host else settings.host}:{settings.port}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}", given or operator_key_of(settings)
+
+
+def _key_in(file: Path) -> str:
+    key = file.read_text(encoding="utf-8", errors="replace").strip()
+    if not key.isascii() or not key.isprintable() or not key or " " in key:
+        _stop(f"{file} does not hold an API key and nothing else.")
+    return key
 
 
 def _setting_fault(one: Any) -> str:
@@ -454,6 +537,11 @@ def _shown(name: str, value: object) -> object:
 
 def _print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def _note(message: str) -> None:
+    """Say something beside the answer."""
+    err.print(f"[bold]dmn:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _stop(message: str) -> NoReturn:

@@ -31,7 +31,7 @@ from .api import admin, classify, problems
 from .api.guard import Guarded
 from .api.porch import Porch, patience_of
 from .api.schemas import CheckOut, LiveOut, ReadyOut
-from .auth import Gate, claimed_tenant, operator_key_of
+from .auth import Gate, claimed_tenant
 from .classify import ClassifyCall
 from .darkroom import Darkroom
 from .door import Door
@@ -39,7 +39,7 @@ from .errors import DeadlineExceeded, QueueFull, ServiceError, StoreDown
 from .images import Developed, ImageFault, ImageLimits
 from .lifeline import Lifeline, Plan
 from .metrics import Metrics
-from .settings import DEFAULT_TENANT, Settings
+from .settings import DEFAULT_TENANT, Settings, operator_key_of
 from .stores.base import StoredKey
 from .window import GRACE_S, RETRY_S, Image, Window, nobody_there
 
@@ -47,9 +47,10 @@ if TYPE_CHECKING:
     from .spans import Spans
 
 _PROBE_S = 2.0
+"""How long a worker process may take to say that it is ready."""
+
 _BATCH = 32
 """What is outstanding at a worker process that is not crowded, where the settings do not say it."""
-"""How long a worker process may take to say that it is ready."""
 
 _OWN = frozenset(("/classify", "/livez", "/readyz", "/metrics"))
 _FAULT = "dmn.fault"

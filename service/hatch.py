@@ -2,7 +2,7 @@
 
 A frame is a head, a small JSON object, and a body of bytes. Plain asyncio, and no message queue: where one would keep
 what was sent for a process that is gone, and connect anew by itself, the end of a socket tells at once that nobody will
-answer. It is no slower either (`tests/bench/bench_hatch.py`).
+answer.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
 """Seconds; a large memory takes its time to be written aside before the service answers."""
 
 
-def export_memory(url: str, tenant: str, path: Path, console: Console, *, force: bool) -> int:
+def export_memory(url: str, key: str, tenant: str, path: Path, console: Console, *, force: bool) -> int:
     """Write a tenant's memory to a file, which is there whole or not at all, and return its bytes.
 
     Raises:
@@ -32,7 +32,7 @@ def export_memory(url: str, tenant: str, path: Path, console: Console, *, force:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
     partial = path.with_name(f"{path.name}.part")
-    with connected(url, tenant) as client, client.stream("GET", "/admin/memory/export") as answer:
+    with connected(url, tenant, key) as client, client.stream("GET", "/admin/memory/export") as answer:
         if answer.is_error:
             answer.read()
         check(answer)
@@ -49,7 +49,7 @@ def export_memory(url: str, tenant: str, path: Path, console: Console, *, force:
     return size
 
 
-def import_memory(url: str, tenant: str, path: Path, console: Console) -> dict[str, Any]:
+def import_memory(url: str, key: str, tenant: str, path: Path, console: Console) -> dict[str, Any]:
     """Replace a tenant's memory by a file's, or create the tenant, and return what the service says.
 
     Raises:
@@ -60,7 +60,7 @@ def import_memory(url: str, tenant: str, path: Path, console: Console) -> dict[s
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     size = path.stat().st_size
-    with connected(url, tenant) as client, path.open("rb") as file, _progress(console) as bar:
+    with connected(url, tenant, key) as client, path.open("rb") as file, _progress(console) as bar:
         task = bar.add_task(f"Importing into {tenant}", total=size)
 
         def parts() -> Iterator[bytes]:
@@ -76,8 +76,8 @@ def import_memory(url: str, tenant: str, path: Path, console: Console) -> dict[s
 
 
 @contextmanager
-def connected(url: str, tenant: str) -> Iterator[httpx.Client]:
-    """Let a client ask a service for a tenant.
+def connected(url: str, tenant: str, key: str = "") -> Iterator[httpx.Client]:
+    """Let a client ask a service for a tenant, with an API key or, if that is '', without.
 
     Raises:
         ConnectionError: the service does not answer.
@@ -86,7 +86,8 @@ def connected(url: str, tenant: str) -> Iterator[httpx.Client]:
     if urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"--url takes a service's address, such as http://127.0.0.1:8000; got {url!r}.")
     try:
-        with httpx.Client(base_url=url, headers={"X-Tenant": tenant}, timeout=_TIMEOUT) as client:
+        headers = {"X-Tenant": tenant} | ({"Authorization": f"Bearer {key}"} if key else {})
+        with httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT) as client:
             yield client
     except httpx.ConnectError as error:
         raise ConnectionError(
@@ -107,6 +108,8 @@ def check(answer: httpx.Response) -> None:
     if answer.headers.get("content-type") != "application/problem+json":
         raise ValueError(f"What answers at {answer.url} is no dmn-clip-service: its status is {answer.status_code}.")
     problem = answer.json()
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        raise ValueError(f"{problem['title']}: {problem['detail']} Name a file that holds one by --key-file.")
     raise ValueError(f"{problem['title']}: {problem['detail']}")
 
 

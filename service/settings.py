@@ -20,7 +20,7 @@ from pydantic_settings import (
 MIB = 1 << 20
 CONFIG_VARIABLE = "DMN_CONFIG"
 
-OPERATOR_KEY = r"[\x21-\x7e]{20,512}"
+_OPERATOR_KEY = r"[\x21-\x7e]{20,512}"
 """What an operator's key has to look like: long enough, and such that a header can carry it."""
 
 DEFAULT_TENANT = "default"
@@ -176,7 +176,7 @@ class Settings(BaseSettings):
     @field_validator("operator_key")
     @classmethod
     def _long_enough(cls, key: str) -> str:
-        if key and not re.fullmatch(OPERATOR_KEY, key):
+        if key and not re.fullmatch(_OPERATOR_KEY, key):
             raise ValueError("must have 20 to 512 printable ASCII characters and no spaces")
         return key
 
@@ -217,6 +217,29 @@ class Settings(BaseSettings):
         if not Path(file).is_file():
             raise FileNotFoundError(f"{CONFIG_VARIABLE} names {file}, which is no file.")
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file)
+
+
+def operator_key_of(settings: Settings) -> str:
+    """Return the operator's key that settings give, or ''.
+
+    Raises:
+        ValueError: the file that they name cannot be read, or does not hold a key.
+    """
+    if not settings.operator_key_file:
+        return settings.operator_key
+    try:
+        key = Path(settings.operator_key_file).read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text in ASCII"
+        raise ValueError(
+            f"DMN_OPERATOR_KEY_FILE names {settings.operator_key_file}, which cannot be read: {why}."
+        ) from error
+    if not re.fullmatch(_OPERATOR_KEY, key):
+        raise ValueError(
+            f"DMN_OPERATOR_KEY_FILE names {settings.operator_key_file}, which does not hold a key: 20 to 512 printable "
+            "ASCII characters without spaces."
+        )
+    return key
 
 
 def _listed(value: object) -> tuple[str, ...] | None:

@@ -320,7 +320,9 @@ def _spawn(command: list[str], log: Path, lock: IO[bytes]) -> int:
         (os.POSIX_SPAWN_DUP2, 1, 2),
         (os.POSIX_SPAWN_DUP2, lock.fileno(), _INHERITED),
     )
-    return os.posix_spawn(command[0], command, os.environ, file_actions=files, setsid=True)
+    # Nothing of ours is its business, the operator's key least of all.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DMN_")}
+    return os.posix_spawn(command[0], command, environment, file_actions=files, setsid=True)
 
 
 def _last_line(file: Path) -> str:

@@ -11,9 +11,9 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from service.app import open_rooms
-from service.errors import FingerprintMismatch
+from service.errors import FingerprintMismatch, StoreDown
 from service.settings import Settings
-from service.stores.base import Job, JobState, SnapshotInfo, Stamp, StoredOffsets, Training
+from service.stores.base import Job, JobState, SnapshotInfo, Stamp, StoredKey, StoredOffsets, Training
 from service.stores.connection import connect
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or
 CONFIG = TenantConfig(classes=(ClassSpec(name="red"),))
 PAPERS = replace(CONFIG, method="dmn")
 STAMP = Stamp(epoch=1, version=0)
+KEY = StoredKey(id="default_0123456789ab", digest="0" * 64, scopes=("classify",), created=0.0)
 
 
 class Shelf:
@@ -49,6 +50,7 @@ async def shelf() -> AsyncIterator[Shelf]:
         await store.replace("default", CONFIG, "f", expected=None, labelling="", origin={})
         await store.keep_snapshot("default", _info(), (b"file",))
         await store.note_job("default", Job(id="j", kind="k", state=JobState.DONE, created=0.0, updated=0.0))
+        await store.keep_key(KEY)
         await client.hset("dmn:{default}:cfg", "format", "9")
         yield Shelf(running.url, client, store)
         await store.aclose()
@@ -118,6 +120,21 @@ async def test_a_snapshot_or_job_of_another_format_is_refused_and_stays_as_it_is
     before = await shelf.contents()
     with pytest.raises(FingerprintMismatch, match="format 9"):
         await {"snaps": shelf.store.snapshots, "jobs": shelf.store.jobs}[what]("default")
+    assert await shelf.contents() == before
+
+
+async def test_a_key_of_another_format_opens_nothing_and_keeps_no_other_from_being_found(shelf: Shelf) -> None:
+    other = replace(KEY, id="default_ba9876543210")
+    await shelf.store.keep_key(other)
+    text = json.loads(await shelf.client.hget("dmn:{default}:keys", KEY.id))
+    await shelf.client.hset("dmn:{default}:keys", KEY.id, json.dumps({**text, "format": 9}))
+    before = await shelf.contents()
+    refused, found = await shelf.store.find_keys([KEY.id, other.id])
+    assert isinstance(refused, StoreDown)
+    assert "format 9" in refused.detail
+    assert found == other
+    with pytest.raises(FingerprintMismatch, match="format 9"):
+        await shelf.store.keys()
     assert await shelf.contents() == before
 
 

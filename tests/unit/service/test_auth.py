@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 
 import pytest
 
@@ -18,10 +17,9 @@ from service.auth import (
     id_of,
     named_tenant,
     new_key,
-    operator_key_of,
 )
 from service.errors import Forbidden, InvalidRequest, StoreDown, Unauthenticated
-from service.settings import DEFAULT_TENANT, Settings
+from service.settings import DEFAULT_TENANT
 from service.stores.base import StoredKey, tenant_of_key
 
 
@@ -333,24 +331,3 @@ async def test_without_an_operators_key_nothing_stands_for_it(watch: Watch) -> N
     for text in ("x", hash_of(""), "None"):
         with pytest.raises(Unauthenticated):
             await gate.admit([f"Bearer {text}"], Scope.CLASSIFY)
-
-
-# The operator's key ---------------------------------------------------------------------------------------------------
-
-
-def test_the_operators_key_comes_from_the_settings_or_from_the_file_that_they_name(tmp_path: Path) -> None:
-    assert operator_key_of(Settings()) == ""
-    assert operator_key_of(Settings(operator_key=OPERATOR_KEY)) == OPERATOR_KEY
-    file = tmp_path / "key"
-    file.write_text(f"{OPERATOR_KEY}\n")
-    assert operator_key_of(Settings(operator_key_file=str(file))) == OPERATOR_KEY
-
-
-@pytest.mark.parametrize("held", [None, b"", b"too-short", b"two words that are long enough", b"\xff" * 30])
-def test_a_file_that_holds_no_key_is_refused_and_nothing_of_it_is_repeated(tmp_path: Path, held: bytes | None) -> None:
-    file = tmp_path / "key"
-    if held is not None:
-        file.write_bytes(held)
-    with pytest.raises(ValueError, match=r"^DMN_OPERATOR_KEY_FILE names ") as error:
-        operator_key_of(Settings(operator_key_file=str(file)))
-    assert "too-short" not in str(error.value)

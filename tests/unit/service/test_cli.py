@@ -21,11 +21,12 @@ from rich.console import Console
 from core import openclip
 from core.errors import EncoderUnavailable
 from core.orders import KINDS
-from service import cli, logs, serve
+from service import cli, locksmith, logs, serve
 from service.settings import Settings
 from tests.fakes import COLOURS, FakeEncoder, picture
+from tests.servers import BINARIES, server
 
-COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "bench", "config")
+COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "keys", "bench", "config")
 
 
 @dataclass(frozen=True)
@@ -753,3 +754,141 @@ def test_a_broken_split_file_ends_with_2(run: Run, tmp_path: Path) -> None:
 
 def test_the_colours_of_these_tests_are_known_to_the_encoder() -> None:
     assert {"red", "green", "blue"} <= set(COLOURS)
+
+
+# Keys -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Iterator[str]:
+    """Return the URL of a store."""
+    binary = BINARIES["valkey"]
+    if binary is None:
+        pytest.skip("no Valkey or Redis server is installed")
+    with server(str(binary)) as running:
+        yield running.url
+
+
+@pytest.fixture
+def keys(run: Run, shelf: str, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return what runs `dmn keys` on a store without any."""
+    monkeypatch.setenv("DMN_STORE", shelf)
+    monkeypatch.setenv("DMN_AUTH", "keys")
+    for one in run("keys", "list", "--json").json["keys"]:
+        run("keys", "revoke", one["id"])
+    return lambda *arguments: run("keys", *arguments)
+
+
+def test_a_new_key_is_the_only_line_of_the_answer_and_told_this_once(keys: Run) -> None:
+    ran = keys("create", "--tenant", "zoo", "--scope", "classify,memory")
+    assert ran.status == 0
+    (key,) = ran.out.splitlines()
+    assert key.startswith("dmn_zoo_")
+    assert "only time" in ran.err
+    assert "no tenant 'zoo' yet" in ran.err
+    assert key not in ran.err
+    for told in (keys("list").out, keys("list", "--json").out):
+        assert key not in told
+        assert key[-8:] not in told
+    (one,) = keys("list", "--json").json["keys"]
+    assert (one["tenant"], one["scopes"], one["expires"], one["expired"]) == (
+        "zoo",
+        ["classify", "memory"],
+        None,
+        False,
+    )
+    assert one["id"] in key
+
+
+def test_a_new_key_is_told_as_json_for_machines(keys: Run) -> None:
+    ran = keys("create", "--tenant", "zoo", "--scope", " admin , classify,admin", "--expires", "2999-12-31", "--json")
+    told = ran.json
+    assert set(told) == {"key", "id", "tenant", "scopes", "created", "expires", "expired"}
+    assert (told["scopes"], told["expires"]) == (["admin", "classify"], "2999-12-31T00:00:00Z")
+    assert told["key"].startswith(f"dmn_{told['id']}_")
+    assert keys("list", "--json").json == {"keys": [{name: told[name] for name in told if name != "key"}]}
+
+
+def test_keys_are_listed_of_one_tenant_or_of_all(keys: Run) -> None:
+    for tenant in ("zoo", "shop"):
+        for _ in range(2):
+            assert keys("create", "--tenant", tenant, "--scope", "classify").status == 0
+    assert keys("create", "--scope", "operator").status == 0
+    assert keys("create", "--scope", "metrics").status == 0
+    assert [one["tenant"] for one in keys("list", "--json").json["keys"]].count(None) == 2
+    assert [one["tenant"] for one in keys("list", "--tenant", "shop", "--json").json["keys"]] == ["shop", "shop"]
+    assert keys("list").out.count("zoo_") == 2
+    assert keys("list", "--tenant", "nobody", "--json").json == {"keys": []}
+
+
+def test_a_key_is_taken_back_by_its_id_or_by_itself(keys: Run) -> None:
+    first = keys("create", "--tenant", "zoo", "--scope", "classify", "--json").json
+    second = keys("create", "--tenant", "zoo", "--scope", "classify", "--json").json
+    assert first["id"] in keys("revoke", first["id"]).out
+    ran = keys("revoke", second["key"], "--json")
+    assert ran.json == {"id": second["id"], "revoked": True}
+    assert keys("list", "--json").json == {"keys": []}
+    assert "There is no key of this id" in refused(keys("revoke", first["id"]))
+    assert second["key"] not in refused(keys("revoke", second["key"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--scope", "classify"), "Say with --tenant"),
+        (("--scope", "metrics,classify"), "Say with --tenant"),
+        (("--scope", "operator", "--tenant", "zoo"), "belongs to no tenant"),
+        (("--scope", "operator,admin"), "name no other scope"),
+        (("--scope", "fly", "--tenant", "zoo"), "--scope takes some of classify"),
+        (("--scope", ",", "--tenant", "zoo"), "--scope takes some of classify"),
+        (("--scope", "classify", "--tenant", "a b"), "A tenant name"),
+        (("--scope", "classify", "--tenant", "zoo", "--expires", "soon"), "--expires takes"),
+        (("--scope", "classify", "--tenant", "zoo", "--expires", "0d"), "has to be ahead"),
+        (("--scope", "classify", "--tenant", "zoo", "--expires", "2001-01-01"), "has to be ahead"),
+        (("--scope", "classify", "--tenant", "zoo", "--expires", "999999999w"), "has to be ahead"),
+    ],
+)
+def test_a_key_that_makes_no_sense_is_refused_in_one_line_and_not_made(
+    keys: Run, arguments: tuple[str, ...], said: str
+) -> None:
+    assert said in refused(keys("create", *arguments))
+    assert keys("list", "--json").json == {"keys": []}
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("revoke", "zoo_1"), ("create", "--scope", "operator")])
+def test_keys_in_the_memory_of_a_service_are_out_of_reach_and_it_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("DMN_STORE", "memory")
+    assert "DMN_OPERATOR_KEY" in refused(run("keys", *arguments))
+
+
+def test_keys_on_a_store_that_does_not_answer_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMN_STORE", "unix:///no/such/socket")
+    assert "its socket does not exist" in refused(run("keys", "list"))
+
+
+def test_who_makes_keys_where_nobody_asks_for_them_is_told(keys: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMN_AUTH", "open")
+    assert "DMN_AUTH=keys" in keys("create", "--scope", "operator").err
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1s", 1),
+        ("5m", 300),
+        ("2h", 7200),
+        ("90d", 90 * 86_400),
+        ("1w", 604_800),
+        ("1970-01-02", 86_400 - 1000),
+        ("1970-01-01T01:00", 3600 - 1000),
+        ("1970-01-01T01:00+01:00", -1000),
+    ],
+)
+def test_a_key_expires_after_a_while_or_at_a_moment(text: str, seconds: int) -> None:
+    if seconds > 0:
+        assert locksmith.moment(text, 1000.0) == 1000.0 + seconds
+        return
+    with pytest.raises(ValueError, match="ahead"):
+        locksmith.moment(text, 1000.0)

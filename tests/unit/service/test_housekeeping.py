@@ -22,6 +22,7 @@ from service.errors import StoreAway
 from service.housekeeping import Housekeeper, keep_house
 from service.rooms import Rooms
 from service.settings import Settings
+from service.stores import opening
 from service.stores.base import PushCandidate, StoredSlot
 from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
@@ -108,7 +109,7 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
             await asyncio.Event().wait()
 
         monkeypatch.setattr(app, "time", house.clock)
-        monkeypatch.setattr(app, "InProcessStore", lambda **_: house.store)
+        monkeypatch.setattr(opening, "InProcessStore", lambda **_: house.store)
         monkeypatch.setattr(app, "keep_house", nobody)
         yield house
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings
+from service.settings import Settings, operator_key_of
 
 OTHER: dict[str, object] = {
     "host": "localhost",
@@ -253,3 +253,24 @@ def test_by_default_memories_are_kept_and_answers_go_on_while_the_store_is_away(
 )
 def test_what_the_store_is_can_be_said_without_its_address(store: str, kind: str) -> None:
     assert Settings(store=store).store_kind == kind
+
+
+OPERATOR_KEY = "correct-horse-battery-staple"
+
+
+def test_the_operators_key_comes_from_the_settings_or_from_the_file_that_they_name(tmp_path: Path) -> None:
+    assert operator_key_of(Settings()) == ""
+    assert operator_key_of(Settings(operator_key=OPERATOR_KEY)) == OPERATOR_KEY
+    file = tmp_path / "key"
+    file.write_text(f"{OPERATOR_KEY}\n")
+    assert operator_key_of(Settings(operator_key_file=str(file))) == OPERATOR_KEY
+
+
+@pytest.mark.parametrize("held", [None, b"", b"too-short", b"two words that are long enough", b"\xff" * 30])
+def test_a_file_that_holds_no_key_is_refused_and_nothing_of_it_is_repeated(tmp_path: Path, held: bytes | None) -> None:
+    file = tmp_path / "key"
+    if held is not None:
+        file.write_bytes(held)
+    with pytest.raises(ValueError, match=r"^DMN_OPERATOR_KEY_FILE names ") as error:
+        operator_key_of(Settings(operator_key_file=str(file)))
+    assert "too-short" not in str(error.value)

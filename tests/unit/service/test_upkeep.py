@@ -25,6 +25,7 @@ from service.errors import Contended
 from service.jobs import Report
 from service.rooms import Rooms
 from service.settings import Settings
+from service.stores import opening
 from service.stores.base import (
     Conflict,
     Job,
@@ -129,7 +130,7 @@ async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
             await asyncio.Event().wait()
 
         monkeypatch.setattr(app, "time", house.clock)
-        monkeypatch.setattr(app, "InProcessStore", lambda **_: house.store)
+        monkeypatch.setattr(opening, "InProcessStore", lambda **_: house.store)
         monkeypatch.setattr(app, "keep_house", nobody)
         monkeypatch.setattr(adapt, "_SOON_S", PATIENCE_S)
         yield house
