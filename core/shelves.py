@@ -180,7 +180,8 @@ class _Shelf:
     def _room(self, name: str, like: Tensor) -> Tensor:
         array = self._arrays.get(name, like[:0])
         if len(array) < len(self.classes):
-            grown = like.new_empty((max(self._least, 2 * len(array)), *like.shape[1:]))  # only rows in use are read
+            rows = max(self._least, 2 * len(array), len(self.classes))
+            grown = like.new_empty((rows, *like.shape[1:]))  # only rows in use are read
             grown[: len(array)] = array
             self._arrays[name] = array = grown
         return array

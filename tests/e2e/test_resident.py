@@ -16,7 +16,7 @@ pytestmark = [
 
 
 def test_the_resident_size_does_not_grow_with_memories_that_come_and_go() -> None:
-    told = soak(requests=200, tenants=24, hot=4, images=60, seed=0, heard=lambda *_: None)
+    told = soak(requests=200, tenants=24, hot=4, images=60, seed=0, visit=1, heard=lambda *_: None)
     sizes = list(told["resident_mb"].values())
     grown = sizes[-1] * told["growth"]
     assert told["failed"] == 0

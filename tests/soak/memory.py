@@ -72,7 +72,14 @@ def main() -> None:
 
 
 def soak(
-    *, requests: int, tenants: int, hot: int, images: int, seed: int, heard: Callable[[int, float], object]
+    *,
+    requests: int,
+    tenants: int,
+    hot: int,
+    images: int,
+    seed: int,
+    heard: Callable[[int, float], object],
+    visit: int = _VISIT,
 ) -> dict[str, Any]:
     """Return the curve of the resident size, how much it grew, and how many bytes were loaded and dropped meanwhile."""
     photos = [photo(one, NullEncoder.preprocess.size) for one in range(images)]
@@ -84,7 +91,7 @@ def soak(
         with httpx.Client(base_url=server.url, timeout=60) as client:
             for name in names:
                 client.put(f"/tenants/{name}", json={"classes": CLASSES}).raise_for_status()
-        curve, failed = asyncio.run(_asked(server, names, photos, requests, Random(seed), heard))
+        curve, failed = asyncio.run(_asked(server, names, photos, requests, Random(seed), visit, heard))
         counted = _metrics(server)
     settled = _size(curve, BEGINS)
     return {
@@ -121,6 +128,7 @@ async def _asked(
     photos: Sequence[bytes],
     requests: int,
     random: Random,
+    visit: int,
     heard: Callable[[int, float], object],
 ) -> tuple[list[tuple[int, float]], int]:
     """Post so many photos, and return the size after each hundredth of them, and how many failed."""
@@ -131,7 +139,7 @@ async def _asked(
         nonlocal failed
         tenant = names[0]
         for call, number in enumerate(left):
-            tenant = tenant if call % _VISIT else random.choice(names)
+            tenant = tenant if call % visit else random.choice(names)
             failed += await client.post(random.choice(photos), X_Tenant=tenant) != 200
             if number % max(1, requests // _LOOKS) == 0:
                 curve.append((number, resident_mb(server.process.pid)))

@@ -104,6 +104,23 @@ def test_many_classes_keep_their_places(small: int, monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(Shelves(snapshot).scores(X)[0], 10.0 * X @ text.T)
 
 
+def test_any_number_of_classes_may_move_to_a_shelf_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.shelves._SMALL", 0)
+    classes = 60
+    angles = torch.arange(classes) / classes
+    text = torch.stack((angles.cos(), angles.sin()), -1)
+
+    def snapshot(filled: int) -> Snapshot:
+        rows = tuple(_slots(*text[[c] * 9].tolist()) if c < filled else Slots.empty(2) for c in range(classes))
+        memory = DynamicMemory(classes=rows, slots=9)
+        return Snapshot(text=text, dynamic=memory, static=StaticMemory.empty(classes, 2), tau=10.0)
+
+    shelves = Shelves(snapshot(1))
+    for filled in (60, 2, 30):
+        shelves.advance(snapshot(filled))
+        torch.testing.assert_close(shelves.scores(X)[0], 10.0 * X @ text.T)
+
+
 def test_bytes_are_those_of_the_tensors_held() -> None:
     """Two classes of width 4 on one shelf, that starts with four rows: slots 4 x 2, Gram 4 x 4, lengths, one mask."""
     assert Shelves(_snapshot()).nbytes == 4 * 4 * (4 * 2 + 4 * 4 + 4 + 4)
