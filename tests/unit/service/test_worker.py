@@ -127,3 +127,16 @@ def test_a_device_that_is_named_is_taken() -> None:
 def test_a_device_that_cannot_be_used_is_refused_by_its_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"The device {name!r} cannot be used here"):
         choose_device(name)
+
+
+async def test_all_cores_are_the_workers_and_those_who_made_it_compute_on_one() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        worker = Worker()
+        assert await worker.run(torch.get_num_threads) == 2
+        assert torch.get_num_threads() == 1
+        worker.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
