@@ -106,6 +106,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
     """
     settings = settled(settings)
     worker = Worker()
+    reader = Worker("dmn-reader", cores=1)
     try:
         device = choose_device(settings.device)
         settings = settings.model_copy(update={"batch_images": batch_on(device, settings)})
@@ -114,7 +115,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
             loaded = encoder
             if loaded is None:
                 loaded = await worker.run(load_encoder, settings, device)
-            rooms = _furnish(settings, loaded, worker, store, traces)
+            rooms = _furnish(settings, loaded, (worker, reader), store, traces)
             await worker.run(_warm_up, loaded)
             await adapt.ensure_default(rooms)
             rooms.batcher.start()
@@ -127,6 +128,7 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
                 await asyncio.gather(house, return_exceptions=True)
                 await _leave(rooms)
     finally:
+        reader.close()
         worker.close()
 
 
@@ -176,7 +178,10 @@ async def _leave(rooms: Rooms) -> None:
     logs.event(logs.STOPPED)
 
 
-def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: MemoryStore, traces: Spans | None) -> Rooms:
+def _furnish(
+    settings: Settings, encoder: Encoder, threads: tuple[Worker, Worker], store: MemoryStore, traces: Spans | None
+) -> Rooms:
+    worker, reader = threads
     disable_created_metrics()  # a second series beside each counter, which nobody asks for
     metrics, clock = Metrics(CollectorRegistry()), time.monotonic
     store = watched(store, metrics, clock, partial(_has_room, settings))
@@ -199,7 +204,7 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         store,
         encoder,
         texts,
-        worker,
+        reader,
         metrics,
         clock,
         max_bytes=settings.hot_memory_bytes,
@@ -209,7 +214,7 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
     desk = Desk(
         archive,
         store,
-        worker,
+        reader,
         metrics,
         tenant_max_bytes=settings.tenant_max_bytes,
         pending_images=settings.pending_images,
@@ -219,6 +224,7 @@ def _furnish(settings: Settings, encoder: Encoder, worker: Worker, store: Memory
         settings=settings,
         encoder=encoder,
         worker=worker,
+        reader=reader,
         darkroom=Darkroom(encoder.preprocess, limits, threads=settings.decode_workers),
         batcher=batcher,
         texts=texts,

@@ -59,7 +59,7 @@ _VERIFIED = 64
 
 @dataclass(slots=True)
 class HotMemory:
-    """One tenant's memory, ready to be read. `shelves` is touched in the worker alone.
+    """One tenant's memory, ready to be read. `shelves` is touched in the reader alone.
 
     `names` are those of the classes, and `position` leads from class id to their position; `barred` are purged slots;
     `filled` are dynamic slots and `shots` those that have a feature; `nbytes` counts features and what is kept ready

@@ -52,7 +52,7 @@ async def stuck(rooms: Rooms) -> Check:
 
 
 def _worker(rooms: Rooms) -> Check:
-    busy_s = rooms.worker.busy_s
+    busy_s = max(rooms.worker.busy_s, rooms.reader.busy_s)
     if busy_s <= rooms.settings.stuck_s:
         return Check(ok=True, detail="it comes back from the device")
     return Check(ok=False, detail=f"It has not come back from the device {rooms.encoder.device} for {busy_s:.0f} s.")

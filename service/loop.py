@@ -39,7 +39,7 @@ def _keep_memory() -> None:
     """Have glibc keep what an encoder gives back for the next batch, up to half a gigabyte.
 
     By default it returns tensors of some megabytes to the system, which hands out zeroed pages for them again: on two
-    cores that took more than a fourth of the time of `lite`. It counts for all threads, as they share one arena. Another
+    cores that took more than a fourth of the time of `lite`. All threads share one arena, so it counts for all. Another
     C library has no such call, and does as it does.
     """
     with suppress(OSError, AttributeError):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 class Rooms:
     """Everything with a life cycle, made and taken down in `service.app`.
 
+    `worker` is the encoder's thread, and that of whatever else takes its time; `reader` is that of hot memories.
     `clock` is monotonic and `wall` is wall time, both in seconds. `carrier` is held by whoever has a whole memory in
     hand, `dock` by whoever receives one: one at a time, so that neither memory nor disk fill up. `tutor` is held by who
     trains on the device. `traces` are None while nobody asks for them.
@@ -36,6 +37,7 @@ class Rooms:
     settings: Settings
     encoder: Encoder
     worker: Worker
+    reader: Worker
     darkroom: Darkroom
     batcher: Batcher
     texts: TextFeatures

@@ -1,4 +1,4 @@
-"""The one thread that owns the device: the encoder and all tensors are touched there alone."""
+"""The threads that compute: one for the encoder, and one for memories, so that reading them waits for no batch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ T = TypeVar("T")
 class Worker:
     """Runs functions one after the other in its own thread, without blocking the event loop.
 
-    While it is open the thread that made it has torch to itself no more: it computes on one core there. A second team of
-    threads that computes now and then, were it only to fill a tensor with zeros, makes both give up their cores at every
-    step, for as long as the process lives; that took a fourth of the time of `lite`.
+    On a CPU torch computes there on so many cores, by default as many as it would. While a worker is open the thread
+    that made it computes on one: a second team of threads, were it only to fill a tensor with zeros now and then, makes
+    both give up their cores at every step, for as long as the process lives. That took a fourth of the time of `lite`.
     """
 
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dmn-worker")
+    def __init__(self, name: str = "dmn-worker", *, cores: int | None = None) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._began = math.inf
-        self._cores = torch.get_num_threads()
+        self._before = torch.get_num_threads()
         torch.set_num_threads(1)
-        self._thread.submit(torch.set_num_threads, self._cores).result()
+        self._thread.submit(torch.set_num_threads, cores or self._before).result()
 
     @property
     def busy_s(self) -> float:
@@ -57,7 +57,7 @@ class Worker:
     def close(self) -> None:
         """Let the running function end, and stop."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(self._cores)
+        torch.set_num_threads(self._before)
 
 
 def batch_on(device: torch.device, settings: Settings) -> int:
