@@ -298,8 +298,8 @@ async def test_an_image_that_was_given_up_while_its_memory_was_busy_is_not_learn
 
     def and_then_busy(pixels: Tensor) -> Tensor:
         features = encode(pixels)
-        # The worker's next step, after this batch, is not the readout but a wait.
-        loop.call_soon_threadsafe(lambda: waits.append(asyncio.ensure_future(house.rooms.worker.run(hold))))
+        # The next step with memories, after this batch, is not the readout but a wait.
+        loop.call_soon_threadsafe(lambda: waits.append(asyncio.ensure_future(house.rooms.reader.run(hold))))
         return features
 
     def hold() -> None:

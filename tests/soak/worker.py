@@ -88,7 +88,7 @@ class _Worker:
             async with self._rooms.archive.open(TENANT) as hot:
                 seconds, stamp = time.perf_counter() - start, hot.stamp
                 if (record is not None and stamp == record.stamp) or seconds > SETTLE_S:
-                    banks = await self._rooms.worker.run(_dump, hot)
+                    banks = await self._rooms.reader.run(_dump, hot)
                     return {"banks": banks, "stamp": (stamp.epoch, stamp.version), "seconds": seconds}
             await asyncio.sleep(0.01)  # a copy asks for changes when it is used and old enough; nobody tells it
 
