@@ -112,11 +112,19 @@ def only(server: Server | None, servers: Sequence[Server]) -> Iterator[None]:
 
 
 def loaded(
-    server: Server, images: Path, *, cores: str, connections: int, seconds: float, form: str, start: int
+    server: Server,
+    images: Path,
+    *,
+    cores: str,
+    connections: int,
+    seconds: float,
+    form: str,
+    start: int = 0,
+    tenants: int = 0,
 ) -> dict[str, float]:
-    """Return what `wrk` says of a server that it posts a list of images to, from `start` on."""
+    """Return what `wrk` says of a server that it posts a list of images to, from `start` on, for so many tenants."""
     command = ["taskset", "-c", cores, "wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s"]
-    command += ["-s", str(_SCRIPT), f"{server.url}/classify", "--", str(images), form, str(start)]
+    command += ["-s", str(_SCRIPT), f"{server.url}/classify", "--", str(images), form, str(start), str(tenants)]
     told = subprocess.run(command, check=True, capture_output=True, text=True)
     figures = json.loads(told.stdout.strip().splitlines()[-1])
     return {

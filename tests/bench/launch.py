@@ -1,4 +1,7 @@
-"""The command `dmn` as it is, but that it knows one more encoder, `null`: `python -m tests.bench.launch serve ...`."""
+"""The command `dmn` as it is, but that it knows one more encoder: `python -m tests.bench.launch serve --encoder null`.
+
+`null:80` has a device that takes 80 ms a batch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ _load = openclip.load
 
 def load(name: str, **how: Any) -> Encoder:
     """Return the encoder of that name."""
-    return NullEncoder() if name == NullEncoder.name else _load(name, **how)
+    kind, _, device_ms = name.partition(":")
+    return NullEncoder(float(device_ms or 0) / 1000) if kind == NullEncoder.name else _load(name, **how)
 
 
 if __name__ == "__main__":

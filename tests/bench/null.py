@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,10 @@ _CELLS = 16
 
 
 class NullEncoder:
-    """Sees the mean colours of 16 x 16 cells, 768 numbers, through a fixed random projection to 512."""
+    """Sees the mean colours of 16 x 16 cells, 768 numbers, through a fixed random projection to 512.
+
+    With `device_s` it takes so many seconds a batch, as if a device were at work, and no processor.
+    """
 
     name = "null"
     fingerprint = "null-1"
@@ -26,12 +30,14 @@ class NullEncoder:
     preprocess = Preprocess(size=96, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, device_s: float = 0.0) -> None:
+        self._device_s = device_s
         self.origin = {"architecture": "mean-pool 16 x 16 x 3, projection 768 x 512", "weights": self.fingerprint}
         self._projection = torch.randn(3 * _CELLS**2, self.dim, generator=torch.Generator().manual_seed(0))
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Return the features (n, 512) of pixels (n, 3, 96, 96)."""
+        time.sleep(self._device_s)  # a device at work: this thread waits, and others have the processor
         cells = torch.nn.functional.avg_pool2d(pixels.float(), self.preprocess.size // _CELLS)
         return unit((cells.flatten(1) - 127.5) @ self._projection)
 

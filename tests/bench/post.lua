@@ -1,5 +1,6 @@
 -- wrk: post the files of a list, one after the other, raw or as multipart; at the end one line of JSON.
--- Arguments after `--`: the file that lists the images, `raw` or `multipart`, and how many of the list to skip at first.
+-- Arguments after `--`: the file that lists the images, `raw` or `multipart`, how many of the list to skip at first, and
+-- how many tenants, t0 and so on, they are for in turn; 0 for the default one.
 
 local requests, at, BOUNDARY = {}, 0, "----bench-7d1f3c"
 
@@ -19,9 +20,11 @@ function init(args)
   at = tonumber(args[3])
   local form = args[2] == "multipart"
   local kind = form and "multipart/form-data; boundary=" .. BOUNDARY or "image/jpeg"
+  local tenants = tonumber(args[4])
   for path in io.lines(args[1]) do
-    local data = read(path)
-    requests[#requests + 1] = wrk.format("POST", nil, { ["Content-Type"] = kind }, form and multipart(data) or data)
+    local data, tenant = read(path), tenants > 0 and "t" .. #requests % tenants or nil
+    local headers = { ["Content-Type"] = kind, ["X-Tenant"] = tenant }
+    requests[#requests + 1] = wrk.format("POST", nil, headers, form and multipart(data) or data)
   end
 end
 
