@@ -7,6 +7,9 @@ from collections.abc import Iterable
 TENANTS = "dmn:tenants"
 """Sorted set of all tenant names, in the order of their letters."""
 
+MAJOR = "dmn:format"
+"""String: the major format of the whole store; not there while it is the first."""
+
 KEYED = "dmn:keyed"
 """Sorted set of the tenants that have API keys, and of '' if some keys belong to none."""
 

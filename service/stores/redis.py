@@ -58,23 +58,13 @@ from .base import (
 from .connection import check
 from .counters import Counters
 from .faults import FAULTS, down
-from .keys import KEYED, TENANTS, Keys
+from .formats import FORMAT, FORMATS, check_major, check_minor, fitting, format_of, known, other_format
+from .keys import KEYED, MAJOR, TENANTS, Keys
 from .limits import Limits
 
 T = TypeVar("T")
 Reply = Any
 """What redis-py gives for a script: nested lists of bytes and integers."""
-
-FORMAT = 1
-"""Format of what is stored. A store of another one is refused, and nothing in it is overwritten."""
-
-WITH_OFFSETS = 2
-"""That of a tenant that has trained offsets: a version of the service that does not know of them refuses it."""
-
-WITH_STATISTICS = 3
-"""That of a tenant with the method `auto`, with or without offsets."""
-
-FORMATS = (FORMAT, WITH_OFFSETS, WITH_STATISTICS)
 
 LOG_LENGTH = 2048
 """Slot changes that `lua/push.lua` keeps for workers that are behind."""
@@ -210,7 +200,7 @@ class RedisStore:
             await self._counters.plant(keys, epoch, SEED, statistics)
         at = ("", "") if expected is None else (expected.epoch, expected.version)
         about = (
-            _format(config, training),
+            format_of(config, training),
             tenant,
             config.to_json(),
             fingerprint,
@@ -249,7 +239,7 @@ class RedisStore:
         touched = (keys.config, keys.snapshots, keys.api_keys, keys.log, keys.jobs, *keys.answers)
         told = await self._run("delete.lua", touched, FORMATS)
         if told[0] < 0:
-            raise _other_format(f"The tenant {tenant!r}")
+            raise other_format(f"The tenant {tenant!r}")
         await self._do(self._client.zrem(TENANTS, tenant))
         await self._unlist(tenant)
         for id_ in told[1:]:
@@ -451,12 +441,14 @@ class RedisStore:
         await self._do(self._client.ping())
 
     async def check(self) -> None:
-        """Return if the server is fit to keep memories.
+        """Return if the server is fit to keep memories, and those that it keeps are of our format.
 
         Raises:
             StoreDown: it is not; says why.
+            FingerprintMismatch: they are not.
         """
         await check(self._client)
+        check_major(await self._do(self._client.get(MAJOR)))
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -672,28 +664,25 @@ class RedisStore:
 
 
 def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
-    found = fields.get(b"format", b"(none)").decode(errors="replace")
-    if found not in map(str, FORMATS):
-        raise _other_format(f"The tenant {fields.get(b'name', b'').decode(errors='replace')!r}", found)
+    name = fields.get(b"name", b"").decode(errors="replace")
+    check_minor(fields.get(b"format", b"(none)").decode(errors="replace"), name)
     return TenantRecord(
-        name=fields[b"name"].decode(),
+        name=name,
         config=TenantConfig.from_json(fields[b"config"]),
         fingerprint=fields[b"fingerprint"].decode(),
         origin=json.loads(fields[b"origin"]),
         labelling=fields[b"labelling"].decode(),
         created=float(fields[b"created"]),
-        training=Training(**json.loads(fields[b"training"])) if b"training" in fields else None,
+        training=_training(fields),
         shown=fields.get(b"shown", b"").decode(),
         life=int(fields.get(b"life", 0)),
         stamp=_stamp(fields[b"epoch"], fields[b"version"], fields.get(b"mark")),
     )
 
 
-def _format(config: TenantConfig, training: Training | None) -> int:
-    """Return the least format whose versions know all that a tenant has."""
-    if config.method == "auto":
-        return WITH_STATISTICS
-    return FORMAT if training is None else WITH_OFFSETS
+def _training(fields: Mapping[bytes, bytes]) -> Training | None:
+    text = fields.get(b"training")
+    return None if text is None else Training(**fitting(json.loads(text), Training))
 
 
 def _stamp_or_none(epoch: bytes | None, version: bytes | None, mark: bytes | None) -> Stamp | None:
@@ -730,17 +719,17 @@ def _read_owner(text: bytes) -> tuple[str, int]:
 
 
 def _snapshot_info(text: bytes) -> SnapshotInfo:
-    values = _known(text, "A snapshot")
+    values = known(text, SnapshotInfo, "A snapshot")
     return SnapshotInfo(**{**values, "stamp": Stamp(**values["stamp"])})
 
 
 def _job(text: bytes) -> Job:
-    values = _known(text, "A job")
+    values = known(text, Job, "A job")
     return Job(**{**values, "state": JobState(values["state"])})
 
 
 def _key(text: bytes) -> StoredKey:
-    values = _known(text, "An API key")
+    values = known(text, StoredKey, "An API key", strict=True)
     return StoredKey(**{**values, "scopes": tuple(values["scopes"])})
 
 
@@ -750,15 +739,6 @@ def _key_or_fault(text: bytes | None) -> StoredKey | StoreDown | None:
         return None if text is None else _key(text)
     except FingerprintMismatch as error:
         return StoreDown(error.detail)
-
-
-def _known(text: bytes, what: str) -> dict[str, Any]:
-    """Return the values of a record of our format."""
-    values: dict[str, Any] = json.loads(text)
-    found = values.pop("format", None)
-    if found != FORMAT:
-        raise _other_format(what, str(found))
-    return values
 
 
 def _classes_a_slice(record: TenantRecord) -> int:
@@ -790,10 +770,3 @@ def _weighed(items: Sequence[T], weight: Callable[[T], int]) -> Iterator[Sequenc
         held += own
     if start < len(items):
         yield items[start:]
-
-
-def _other_format(what: str, found: str = "another") -> FingerprintMismatch:
-    return FingerprintMismatch(
-        f"{what} is stored in format {found}; this version reads {FORMAT}. Nothing was changed. Serve it with the "
-        "version that wrote it."
-    )

@@ -10,7 +10,7 @@
 --       pile stays), then ids of classes that leave
 -- Gives {new version, mark}, or {-1} if the tenant has changed since; then nothing was written.
 -- A pile that is kept under another fingerprint keeps the shots that have an image, without their features.
-local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled', 'frame')
+local known = redis.call('HMGET', KEYS[1], 'epoch', 'version', 'fingerprint', 'bank', 'pile', 'settled', 'frame', 'format')
 if (known[1] or '') ~= ARGV[1] then
   return {-1}
 end
@@ -21,6 +21,16 @@ end
 
 -- The hash of the shots that there are is the sum of theirs, modulo 2^48.
 local shown = tonumber(redis.call('HGET', KEYS[1], 'shown') or '', 16) or 0
+local function weight(id)
+  return tonumber(string.sub(redis.sha1hex(id), 1, 12), 16)
+end
+if known[5] == ARGV[6] and known[8] ~= ARGV[7] then
+  -- Releases that know no more than the format that the tenant had may keep no such hash.
+  shown = 0
+  for _, id in ipairs(redis.call('HKEYS', KEYS[3])) do
+    shown = (shown + weight(id)) % 281474976710656
+  end
+end
 local function thin(leaves, blank)
   local shots = redis.call('HGETALL', KEYS[3])
   for at = 1, #shots, 2 do
@@ -29,7 +39,7 @@ local function thin(leaves, blank)
       redis.call('HDEL', KEYS[3], id)
       redis.call('HDEL', KEYS[4], id)
       redis.call('HDEL', KEYS[5], id)
-      shown = (shown - tonumber(string.sub(redis.sha1hex(id), 1, 12), 16)) % 281474976710656
+      shown = (shown - weight(id)) % 281474976710656
     end
   end
   if blank then
