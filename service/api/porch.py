@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
 import re
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _LONGEST_LENGTH = 18
-_OWN_IDS, _NUMBERS = secrets.token_hex(12), itertools.count(1)  # no two alike, and none asks the system for randomness
+_ID_BYTES = 16
+"""Of randomness in an id: from one that counts, a caller would read how much the others ask."""
 _GRACE_S = 0.25
 _LARGE = 10
 """A body that goes to disk may take so many deadlines to arrive."""
@@ -206,4 +206,4 @@ def _request_id(headers: Headers, span: RequestSpan | None) -> str:
     given = headers.get("x-request-id", "")
     if _REQUEST_ID.fullmatch(given):
         return given
-    return f"{_OWN_IDS}{next(_NUMBERS):08x}" if span is None else span.trace_id
+    return secrets.token_hex(_ID_BYTES) if span is None else span.trace_id
