@@ -108,8 +108,8 @@ class Batcher:
             )
         if self._taken[tenant] + images > self._share(tenant) or self.taken + images > self._queue_images:
             raise QueueFull(
-                f"{self.taken} images are in the server, {self._taken[tenant]} of them this tenant's; it takes in "
-                f"{self._queue_images}, and leaves room for tenants that have none there.",
+                f"There is no room for {images} more images times views of this tenant, which has "
+                f"{self._taken[tenant]} here; some is left for tenants that have none.",
                 retry_after_s=self.retry_after_s(),
             )
         self._take(tenant, images)

@@ -71,17 +71,18 @@ async def _store(rooms: Rooms) -> Check:
     try:
         await rooms.store.ping()
     except StoreDown as error:
-        waiting = f" {rooms.desk.pending} writes wait for it." if rooms.desk.pending else ""
+        waiting = " Writes wait for it." if rooms.desk.pending else ""
         return Check(ok=False, detail=error.detail + waiting)
     return Check(ok=True, detail=rooms.settings.store_kind)
 
 
 def _disk(rooms: Rooms) -> Check:
-    free, least = free_bytes(rooms.settings.data_dir), rooms.settings.min_free_bytes
-    if free >= least:
-        return Check(ok=True, detail=f"{free >> 20} MiB free")
+    """Return whether there is room; not how much, since anybody may ask, and could watch what others store."""
+    least = rooms.settings.min_free_bytes
+    if free_bytes(rooms.settings.data_dir) >= least:
+        return Check(ok=True, detail=f"at least {least >> 20} MiB free")
     return Check(
         ok=False,
-        detail=f"The disk of {rooms.settings.data_dir} has {free >> 20} MiB left, less than {least >> 20}: "
+        detail=f"The store's disk has less than {least >> 20} MiB left; "
         "nothing is added to memories until there is room.",
     )

@@ -174,5 +174,20 @@ async def test_a_disk_with_too_little_room_ends_readiness_with_its_reason(
     assert "MiB" in checks["disk"].detail
 
 
+@pytest.mark.parametrize("fine", [True, False])
+async def test_what_others_store_cannot_be_watched_by_what_is_left_of_the_disk(
+    rooms: Rooms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fine: bool
+) -> None:
+    told = {"store": "embedded", "data_dir": tmp_path, "min_free_bytes": 1 << 30}
+    details = set()
+    for more in (1 << 20, 1 << 25):
+        monkeypatch.setattr(health, "free_bytes", lambda _, left=more: (2 << 30) * fine + left)
+        _, checks = await health.readiness(replace(rooms, settings=SETTINGS.model_copy(update=told)))
+        assert checks["disk"].ok == fine
+        details.add(checks["disk"].detail)
+    assert len(details) == 1
+    assert str(tmp_path) not in str(details)
+
+
 async def test_a_store_elsewhere_looks_after_its_disk_itself(rooms: Rooms) -> None:
     assert "disk" not in (await health.readiness(rooms))[1]
