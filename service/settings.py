@@ -142,7 +142,7 @@ class Settings(BaseSettings):
     max_snapshots: PositiveInt = Field(100, description="snapshots a tenant, automatic ones included")
     max_import_bytes: PositiveInt = Field(1024 * MIB, description="bytes of an imported memory")
     idempotency_ttl_s: PositiveFloat = Field(86_400.0, description="how long an answer stands for its key")
-    idempotency_max_bytes: PositiveInt = Field(64 * MIB, description="answers kept for their keys, all tenants")
+    idempotency_max_bytes: PositiveInt = Field(64 * MIB, description="answers kept for their keys, a tenant")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     traces: Literal["off", "otlp"] = Field(
         "off", description="`otlp` sends traces to the collector that `OTEL_*` variables name; needs the extra `otel`"

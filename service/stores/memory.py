@@ -72,7 +72,8 @@ class InProcessStore:
 
     def __init__(self, *, clock: Callable[[], float], remember_s: float, remember_bytes: int) -> None:
         self._tenants: dict[str, _Held] = {}
-        self._answers = _Answers(clock, remember_s, remember_bytes)
+        self._answers: dict[str, _Answers] = {}
+        self._remember_s, self._remember_bytes = remember_s, remember_bytes
         self._epochs: dict[str, int] = {}
         self._clock = clock
         self._claims: dict[tuple[str, str], float] = {}
@@ -170,7 +171,7 @@ class InProcessStore:
         return stamp
 
     async def delete(self, tenant: str) -> bool:
-        self._answers.forget(tenant)
+        self._answers.pop(tenant, None)
         if self._tenants.pop(tenant, None) is None:
             return False
         for key in await self.keys(tenant):
@@ -319,10 +320,13 @@ class InProcessStore:
         return True
 
     async def recall(self, tenant: str, key: str) -> Remembered | None:
-        return self._answers.get(tenant, key)
+        kept = self._answers.get(tenant)
+        return None if kept is None else kept.get(key)
 
     async def remember(self, tenant: str, key: str, answer: Remembered) -> None:
-        self._answers.put(tenant, key, answer)
+        if tenant not in self._answers:
+            self._answers[tenant] = _Answers(self._clock, self._remember_s, self._remember_bytes)
+        self._answers[tenant].put(key, answer)
 
     async def keep_key(self, key: StoredKey) -> bool:
         return self._keys.setdefault(key.id, key) == key
@@ -442,35 +446,31 @@ def _write(held: _Held, change: Change) -> Change:
 
 
 class _Answers:
-    """Answers by idempotency key, the oldest dropped first when time or room is up."""
+    """A tenant's answers by idempotency key, the oldest dropped first when time or room is up."""
 
     def __init__(self, clock: Callable[[], float], keep_s: float, keep_bytes: int) -> None:
         self._clock, self._keep_s, self._room = clock, keep_s, keep_bytes
-        self._kept: OrderedDict[tuple[str, str], tuple[float, Remembered]] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[float, Remembered]] = OrderedDict()
 
-    def get(self, tenant: str, key: str) -> Remembered | None:
+    def get(self, key: str) -> Remembered | None:
         self._drop_old()
-        found = self._kept.get((tenant, key))
+        found = self._kept.get(key)
         return None if found is None else found[1]
 
-    def put(self, tenant: str, key: str, answer: Remembered) -> None:
-        self._drop((tenant, key))
-        self._kept[(tenant, key)] = (self._clock() + self._keep_s, answer)
+    def put(self, key: str, answer: Remembered) -> None:
+        self._drop(key)
+        self._kept[key] = (self._clock() + self._keep_s, answer)
         self._room -= len(answer.body)
         while self._room < 0:
             self._drop(next(iter(self._kept)))
-
-    def forget(self, tenant: str) -> None:
-        for known in [known for known in self._kept if known[0] == tenant]:
-            self._drop(known)
 
     def _drop_old(self) -> None:
         now = self._clock()
         while self._kept and next(iter(self._kept.values()))[0] <= now:
             self._drop(next(iter(self._kept)))
 
-    def _drop(self, known: tuple[str, str]) -> None:
-        found = self._kept.pop(known, None)
+    def _drop(self, key: str) -> None:
+        found = self._kept.pop(key, None)
         if found is not None:
             self._room += len(found[1].body)
 

@@ -1190,6 +1190,13 @@ async def test_an_answer_that_has_no_room_is_not_kept_and_harms_nothing(store: M
     assert await store.recall("a", "small") == answer()
 
 
+async def test_answers_of_one_tenant_make_no_room_at_the_cost_of_anothers(store: MemoryStore) -> None:
+    await store.remember("a", "key", answer(bytes(60)))
+    for key in range(5):
+        await store.remember("b", str(key), answer(bytes(60)))
+    assert await store.recall("a", "key") == answer(bytes(60))
+
+
 async def test_an_answer_that_is_replaced_gives_its_room_back(store: MemoryStore) -> None:
     for _ in range(5):
         await store.remember("a", "key", answer(bytes(60)))
