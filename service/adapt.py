@@ -140,7 +140,7 @@ async def add_shots(
     step = min(rooms.settings.batch_images, rooms.settings.tenant_queue_images)
     for start in range(0, len(labelled), step):
         part = labelled[start : start + step]
-        with rooms.batcher.admit(len(part), tenant=tenant):
+        with rooms.batcher.admit(len(part), tenant=tenant, deadline=deadline):
             keep = record.config.retention == "images"
             laps: list[list[Lap]] = [[] for _ in part]
             ways = [

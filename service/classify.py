@@ -63,7 +63,7 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
     check_count(len(call.images), rooms.settings)
     if call.views > rooms.settings.max_views:
         raise LimitExceeded(f"{call.views} views were asked for; at most {rooms.settings.max_views} are allowed.")
-    with rooms.batcher.admit(len(call.images) * call.views, tenant=call.tenant):
+    with rooms.batcher.admit(len(call.images) * call.views, tenant=call.tenant, deadline=call.deadline):
         await _check_tenant(rooms, call.tenant)
         laps: list[list[Lap]] = [[] for _ in call.images]
         walks = [partial(_encode, rooms, call, *one) for one in zip(call.images, laps, strict=True)]
