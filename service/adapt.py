@@ -44,6 +44,9 @@ from .stores.base import (
 from .tenants import ClassSpec, TenantConfig, checked, class_id, class_name, tenant_name
 
 _TRIES = 5
+_UPLOAD_TRIES = 20
+"""Replicas that add shots to one tenant at a time pass each other by until each has counted those of the others."""
+
 _SOON_S = 1.0
 """How long a change waits for the upkeep that it causes."""
 
@@ -82,13 +85,14 @@ async def put_tenant(rooms: Rooms, name: str, config: TenantConfig) -> Changed:
     Raises:
         InvalidRequest, DuplicateClass, LimitExceeded: as `tenants.checked` says.
     """
-    tidy = checked(config, rooms.settings)
+    tidy = checked(config, rooms.settings.of(name))
     return await _change(rooms, tenant_name(name), lambda _: tidy, anew=True)
 
 
 async def add_classes(rooms: Rooms, tenant: str, added: Sequence[ClassSpec]) -> Changed:
     """Add classes; the others keep their memories, with labels and entropies as the new label set gives them."""
-    return await _change(rooms, tenant, lambda old: checked(_must(old, tenant).with_classes(added), rooms.settings))
+    limits = rooms.settings.of(tenant)
+    return await _change(rooms, tenant, lambda old: checked(_must(old, tenant).with_classes(added), limits))
 
 
 async def remove_class(rooms: Rooms, tenant: str, name: str) -> None:
@@ -137,19 +141,13 @@ async def add_shots(
     for label in {one.label for one in labelled}:
         record.config.spec(label)
     walks: list[StoredShot | Fault] = []
-    step = min(rooms.settings.batch_images, rooms.settings.tenant_queue_images)
-    for start in range(0, len(labelled), step):
+    settings, most = rooms.settings, rooms.quotas.most(tenant)
+    step = min(settings.batch_images, settings.tenant_queue_images, len(labelled) if most is None else most)
+    for start in range(0, len(labelled), max(1, step)):
         part = labelled[start : start + step]
-        with rooms.batcher.admit(len(part), tenant=tenant, deadline=deadline):
-            keep = record.config.retention == "images"
-            laps: list[list[Lap]] = [[] for _ in part]
-            ways = [
-                partial(_walk, rooms, tenant, one, deadline, own, keep=keep)
-                for one, own in zip(part, laps, strict=True)
-            ]
-            walks += await each(ways, rooms, deadline)
-            if rooms.traces is not None:
-                rooms.traces.stages(laps)
+        # Who was let in with its first images goes on at the tenant's rate: nothing would be left of a call cut short.
+        async with rooms.quotas.admit(tenant, len(part), until=deadline if walks else None):
+            walks += await _walk_together(rooms, record, part, deadline)
     count_faults(rooms, walks)
     await _store_shots(rooms, tenant, [shot for shot in walks if isinstance(shot, StoredShot)])
     stamp = await _labelled(rooms, tenant)
@@ -357,6 +355,22 @@ async def _soon(rooms: Rooms, tenant: str) -> Job | None:
     return None
 
 
+async def _walk_together(
+    rooms: Rooms, record: TenantRecord, part: Sequence[LabelledImage], deadline: float
+) -> list[StoredShot | Fault]:
+    keep = record.config.retention == "images"
+    laps: list[list[Lap]] = [[] for _ in part]
+    with rooms.batcher.admit(len(part), tenant=record.name):
+        ways = [
+            partial(_walk, rooms, record.name, one, deadline, own, keep=keep)
+            for one, own in zip(part, laps, strict=True)
+        ]
+        walks = await each(ways, rooms, deadline)
+    if rooms.traces is not None:
+        rooms.traces.stages(laps)
+    return walks
+
+
 async def _walk(
     rooms: Rooms, tenant: str, one: LabelledImage, deadline: float, laps: list[Lap], *, keep: bool
 ) -> StoredShot:
@@ -388,13 +402,13 @@ async def _labelled(rooms: Rooms, tenant: str) -> Stamp:
 
 
 async def _store_shots(rooms: Rooms, tenant: str, shots: Sequence[StoredShot]) -> None:
-    for _ in range(_TRIES):
+    for _ in range(_UPLOAD_TRIES):
         async with rooms.archive.exclusive(tenant):
             stored = await load(rooms, tenant)
             check_fingerprint(stored.record, rooms.encoder)
             _check_limits(rooms, stored, shots)
             try:
-                stamp = await rooms.store.add_shots(tenant, stored.record.stamp, shots)
+                stamp = await rooms.store.add_shots(tenant, stored.record.stamp, shots, beside=stored.record.shown)
             except ReloadNeeded:
                 continue
             if stamp != stored.record.stamp:
@@ -411,21 +425,20 @@ def _check_limits(rooms: Rooms, stored: StoredMemory, shots: Sequence[StoredShot
         LimitExceeded: a class would have too many shots, or the tenant too many bytes.
     """
     names = {spec.id: spec.name for spec in stored.record.config.classes}
+    limits = rooms.settings.of(stored.record.name)
     held = {own: {shot.id for shot in bank} for own, bank in stored.shots.items()}
     new = {shot.id: shot for shot in shots if shot.id not in held.get(shot.class_id, ())}
     for own in {shot.class_id for shot in new.values()}:
         if own not in names:
             raise UnknownClass("A class of these shots was removed while they were read.")
         count = len(held.get(own, ())) + sum(shot.class_id == own for shot in new.values())
-        if count > rooms.settings.max_shots:
+        if count > limits.max_shots:
             raise LimitExceeded(
-                f"The class {names[own]!r} would have {count} shots; at most {rooms.settings.max_shots} are allowed."
+                f"The class {names[own]!r} would have {count} shots; at most {limits.max_shots} are allowed."
             )
     total = held_bytes(stored, rooms.encoder.dim) + sum(shot.nbytes for shot in new.values())
-    if new and total > rooms.settings.tenant_max_bytes:
-        raise LimitExceeded(
-            f"The tenant would hold {total} bytes; at most {rooms.settings.tenant_max_bytes} are allowed."
-        )
+    if new and total > limits.tenant_max_bytes:
+        raise LimitExceeded(f"The tenant would hold {total} bytes; at most {limits.tenant_max_bytes} are allowed.")
 
 
 def _must(config: TenantConfig | None, tenant: str) -> TenantConfig:

@@ -34,6 +34,7 @@ from .idempotency import Ledger
 from .images import ImageLimits
 from .jobs import Jobs
 from .metrics import Metrics
+from .quotas import Quotas
 from .rooms import Rooms
 from .settings import Settings, operator_key_of
 from .stores.base import MemoryStore
@@ -174,6 +175,7 @@ async def _leave(rooms: Rooms) -> None:
     await rooms.batcher.aclose()
     await rooms.desk.drain()
     await rooms.archive.settle(everything=True)
+    await rooms.quotas.aclose()
     rooms.darkroom.close()
     logs.event(logs.STOPPED)
 
@@ -198,7 +200,6 @@ def _furnish(
         queue_images=settings.queue_images,
         tenant_images=settings.tenant_queue_images,
         wait_s=settings.batch_wait_ms / 1000,
-        max_wait_s=settings.max_wait_ms / 1000,
     )
     texts = TextFeatures(worker, encoder.encode_texts, max_bytes=settings.text_cache_bytes)
     archive = Archive(
@@ -217,7 +218,7 @@ def _furnish(
         store,
         reader,
         metrics,
-        tenant_max_bytes=settings.tenant_max_bytes,
+        tenant_max_bytes=lambda tenant: settings.of(tenant).tenant_max_bytes,
         pending_images=settings.pending_images,
         serve_stale=settings.store_down == "serve",
     )
@@ -228,6 +229,7 @@ def _furnish(
         reader=reader,
         darkroom=Darkroom(encoder.preprocess, limits, threads=settings.decode_workers),
         batcher=batcher,
+        quotas=Quotas(store, settings, clock),
         texts=texts,
         store=store,
         archive=archive,

@@ -363,7 +363,7 @@ class Archive:
             verified_at=loaded_at,
             unread=unread,
             due=unread > 0 or stored.record.labelling != stored.record.due_labelling,
-            static_bytes=static_bytes(stored),
+            static_bytes=static_bytes(stored, self._encoder.dim),
             names=tuple(spec.name for spec in config.classes),
             position={spec.id: i for i, spec in enumerate(config.classes)},
             shots=sum(len(own) for own in stored.shots.values()) - unread,
@@ -458,14 +458,18 @@ def stack_features(stored: Iterable[StoredSlot | StoredShot], dim: int) -> Tenso
     return decode_features(b"".join(one.feature for one in stored), dim)
 
 
-def static_bytes(stored: StoredMemory) -> int:
-    """Return the bytes of shots, their kept images and trained offsets: those that no image of a stream adds to."""
-    return stored.offsets.nbytes + sum(shot.nbytes for own in stored.shots.values() for shot in own)
+def static_bytes(stored: StoredMemory, dim: int) -> int:
+    """Return the bytes of shots, their kept images and trained offsets: those that no image of a stream adds to.
+
+    A shot that waits for its feature counts with it.
+    """
+    shots = [shot for own in stored.shots.values() for shot in own]
+    return stored.offsets.nbytes + sum(shot.nbytes + (0 if shot.feature else dim * FEATURE_BYTES) for shot in shots)
 
 
 def held_bytes(stored: StoredMemory, dim: int) -> int:
     """Return the bytes of features, kept images and trained offsets that count against a tenant's limit."""
-    return sum(len(bank) for bank in stored.slots.values()) * dim * FEATURE_BYTES + static_bytes(stored)
+    return sum(len(bank) for bank in stored.slots.values()) * dim * FEATURE_BYTES + static_bytes(stored, dim)
 
 
 def encode_offsets(projection: Projection, class_ids: Sequence[str]) -> dict[str, bytes]:

@@ -63,13 +63,15 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
     check_count(len(call.images), rooms.settings)
     if call.views > rooms.settings.max_views:
         raise LimitExceeded(f"{call.views} views were asked for; at most {rooms.settings.max_views} are allowed.")
-    with rooms.batcher.admit(len(call.images) * call.views, tenant=call.tenant, deadline=call.deadline):
+    laps: list[list[Lap]] = [[] for _ in call.images]
+    images = len(call.images) * call.views
+    with rooms.batcher.admit(images, tenant=call.tenant):
         await _check_tenant(rooms, call.tenant)
-        laps: list[list[Lap]] = [[] for _ in call.images]
-        walks = [partial(_encode, rooms, call, *one) for one in zip(call.images, laps, strict=True)]
-        encoded = await each(walks, rooms, call.deadline)
-        # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
-        results = await each([partial(_read, rooms, call, one) for one in encoded], rooms, call.deadline)
+        async with rooms.quotas.admit(call.tenant, images):
+            walks = [partial(_encode, rooms, call, *one) for one in zip(call.images, laps, strict=True)]
+            encoded = await each(walks, rooms, call.deadline)
+            # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
+            results = await each([partial(_read, rooms, call, one) for one in encoded], rooms, call.deadline)
     count_faults(rooms, results)
     if rooms.traces is not None:
         told = (result.laps if isinstance(result, Reading) else () for result in results)

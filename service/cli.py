@@ -532,6 +532,8 @@ def _shown(name: str, value: object) -> object:
         return f"{scheme}://{'********' if login else ''}{at}{host}{'?********' if query else ''}"
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, dict):
+        return {key: one.model_dump(exclude_none=True) for key, one in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

@@ -134,7 +134,7 @@ class Desk:
         worker: Worker,
         metrics: Metrics,
         *,
-        tenant_max_bytes: int,
+        tenant_max_bytes: Callable[[str], int],
         pending_images: int = 0,
         serve_stale: bool = False,
     ) -> None:
@@ -282,7 +282,7 @@ class Desk:
         """Return how many more slots the tenant may fill; what waits for the store may fill some."""
         each = FEATURE_BYTES * hot.snapshot.text.shape[-1]
         held = hot.filled + self._outbox.count(hot.record.name)
-        return (self._tenant_max_bytes - hot.static_bytes) // each - held
+        return (self._tenant_max_bytes(hot.record.name) - hot.static_bytes) // each - held
 
     async def _push(self, hot: HotMemory, candidates: Sequence[PushCandidate]) -> tuple[Verdict, ...]:
         if hot.away:

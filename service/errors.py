@@ -12,6 +12,7 @@ anything else                Internal, without a detail that could leak
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -136,13 +137,13 @@ PROBLEMS: dict[str, ProblemType] = {
     "rate-limited": _type(
         429,
         "The caller is over its limit",
-        "This caller has sent more than its share.",
-        "Wait for `Retry-After` seconds and send again.",
+        "This tenant has sent more images a second, or has more of them at work, than it may.",
+        "Wait for `Retry-After` seconds and send again, fewer images at a time; or have the operator raise the limit.",
     ),
     "queue-full": _type(
         503,
         "The server is full",
-        "More images are waiting than the server takes in, or than it can answer soon.",
+        "More images are waiting than the server takes in.",
         "Wait for `Retry-After` seconds and send again.",
     ),
     "draining": _type(
@@ -289,8 +290,20 @@ class Forbidden(ServiceError):
     slug = "forbidden"
 
 
+class RateLimited(ServiceError):
+    """The tenant sends more than its share; `headers` say more of it."""
+
+    slug = "rate-limited"
+
+    def __init__(
+        self, detail: str, *, retry_after_s: float | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(detail, retry_after_s=retry_after_s)
+        self.headers = headers
+
+
 class QueueFull(ServiceError):
-    """More images wait than the server takes in, or longer than they may."""
+    """More images wait than the server takes in."""
 
     slug = "queue-full"
 

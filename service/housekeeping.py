@@ -28,7 +28,9 @@ _ASK_S = 600.0
 async def keep_house(rooms: Rooms) -> None:
     """See to everything every second, until cancelled; a device that hangs keeps nothing else waiting."""
     housekeeper = Housekeeper(rooms)
-    await asyncio.gather(_every_second(housekeeper.tick), _every_second(partial(feel_pulse, rooms)))
+    await asyncio.gather(
+        _every_second(housekeeper.tick), _every_second(partial(feel_pulse, rooms)), _every_second(rooms.quotas.renew)
+    )
 
 
 async def _every_second(duty: Callable[[], Awaitable[None]]) -> None:

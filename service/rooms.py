@@ -15,6 +15,7 @@ from .darkroom import Darkroom
 from .desk import Desk
 from .jobs import Jobs
 from .metrics import Metrics
+from .quotas import Quotas
 from .settings import Settings
 from .stores.base import MemoryStore
 from .texts import TextFeatures
@@ -40,6 +41,7 @@ class Rooms:
     reader: Worker
     darkroom: Darkroom
     batcher: Batcher
+    quotas: Quotas
     texts: TextFeatures
     store: MemoryStore
     archive: Archive

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -23,10 +24,26 @@ CONFIG_VARIABLE = "DMN_CONFIG"
 _OPERATOR_KEY = r"[\x21-\x7e]{20,512}"
 """What an operator's key has to look like: long enough, and such that a header can carry it."""
 
+TENANT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
 DEFAULT_TENANT = "default"
 """The tenant of callers that name none; it always exists, at first without classes."""
 
 _STORE_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
+
+
+class TenantLimits(BaseModel):
+    """What one tenant may, where it differs from the others: settings of the same names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    tenant_rate: float | None = Field(None, ge=0)
+    tenant_burst: int | None = Field(None, ge=0)
+    tenant_concurrent: int | None = Field(None, ge=0)
+    max_classes: PositiveInt | None = None
+    max_slots: PositiveInt | None = None
+    max_shots: PositiveInt | None = None
+    tenant_max_bytes: PositiveInt | None = None
 
 
 class Settings(BaseSettings):
@@ -104,6 +121,27 @@ class Settings(BaseSettings):
     max_slots: PositiveInt = Field(256, description="dynamic slots a class")
     tenant_max_bytes: PositiveInt = Field(512 * MIB, description="bytes of features and kept images a tenant")
 
+    tenant_rate: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="images times views a second a tenant, over all replicas; 0: no limit",
+    )
+    tenant_burst: int = Field(
+        0, ge=0, description="of these, at once after a pause; 0: a second's, and at least DMN_MAX_IMAGES"
+    )
+    tenant_concurrent: int = Field(
+        0, ge=0, description="images times views of a tenant at work at a time, over all replicas; 0: no limit"
+    )
+    tenant_limits: Annotated[dict[str, TenantLimits], NoDecode] = Field(
+        {},
+        description="what some tenants may instead, as JSON by name; any of DMN_TENANT_RATE, _BURST, _CONCURRENT and "
+        '_MAX_BYTES, DMN_MAX_CLASSES, _SLOTS and _SHOTS: `{"zoo": {"tenant_rate": 50}}`',
+    )
+    ratelimit_headers: bool = Field(
+        default=False, description="tell tenants in `RateLimit` headers how many images more they may send"
+    )
+
     queue_images: PositiveInt = Field(512, description="images times views in the server, waiting or at work")
     tenant_queue_images: PositiveInt = Field(
         256, description="of these, of one tenant; beside others no more than an equal share"
@@ -112,12 +150,6 @@ class Settings(BaseSettings):
         0, ge=0, description="images times views an encode batch; 0: 32, and 8 on a CPU, which is no faster with more"
     )
     batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
-    max_wait_ms: float = Field(
-        10_000.0,
-        ge=0,
-        description="expected wait in the queue, by its length and the measured rate, above which a call is refused "
-        "with `queue-full`; 0: only the queue's length counts",
-    )
     decode_workers: PositiveInt = Field(min(8, os.cpu_count() or 1), description="threads that decode images")
     deadline_ms: PositiveFloat = Field(30_000.0, description="time for a call without `X-Deadline-Ms`")
     max_connections: PositiveInt = Field(1000, description="open connections")
@@ -190,6 +222,29 @@ class Settings(BaseSettings):
     def store_kind(self) -> str:
         """What the store is, without its address: that may hold a password."""
         return self.store.partition("://")[0]
+
+    def of(self, tenant: str) -> Settings:
+        """Return the settings as they are for a tenant."""
+        own = self.tenant_limits.get(tenant)
+        return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
+
+    @field_validator("tenant_limits", mode="before")
+    @classmethod
+    def _decoded(cls, limits: object) -> object:
+        if not isinstance(limits, str):
+            return limits
+        try:
+            return json.loads(limits)
+        except ValueError as error:
+            raise ValueError(f"is no JSON: {error}") from error
+
+    @field_validator("tenant_limits")
+    @classmethod
+    def _tenants(cls, limits: dict[str, TenantLimits]) -> dict[str, TenantLimits]:
+        for tenant in limits:
+            if not re.fullmatch(TENANT_NAME, tenant):
+                raise ValueError(f"{tenant!r} is no name of a tenant")
+        return limits
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from . import logs, transfer
-from .archive import differences
+from .archive import differences, held_bytes
 from .errors import Contended, FingerprintMismatch, InvalidRequest, LimitExceeded, UnknownSnapshot, UnknownTenant
 from .rooms import Rooms
 from .settings import Settings
@@ -116,7 +116,7 @@ async def bring_in(
         InvalidRequest, LimitExceeded: the file does not hold a memory that may be kept here; nothing was changed.
         FingerprintMismatch: it was made with another encoder.
     """
-    settings = rooms.settings
+    settings = rooms.settings.of(tenant)
     if reason == "restore":
         # Several workers that learn at once may pass a tenant's limit by a little; what was there may come back.
         settings = settings.model_copy(update={"tenant_max_bytes": 2 * settings.tenant_max_bytes})
@@ -126,6 +126,12 @@ async def bring_in(
         raise FingerprintMismatch(
             f"The file holds a memory {differs}. Features of two encoders are never mixed, and nothing was changed: "
             f"bring it in where DMN_ENCODER is {brought.record.origin.get('encoder', 'the same')}."
+        )
+    total = held_bytes(brought, rooms.encoder.dim)
+    if total > settings.tenant_max_bytes:
+        raise LimitExceeded(
+            f"With the features of all shots the tenant would hold {total} bytes; it may hold "
+            f"{settings.tenant_max_bytes}."
         )
     training = brought.record.training
     if training is not None and training.dim != rooms.encoder.dim:

@@ -16,12 +16,12 @@ from core.prompts import DEFAULT_TEMPLATES, PLACEHOLDER, prompts_of
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method
 
 from .errors import DuplicateClass, InvalidRequest, LimitExceeded, UnknownClass
-from .settings import Settings
+from .settings import TENANT_NAME, Settings
 
 Retention = Literal["features", "images"]
 """What is kept of an uploaded shot: its feature, or its bytes too, so that another encoder can read it later."""
 
-_TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TENANT_NAME = re.compile(TENANT_NAME)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -135,10 +135,9 @@ def check_fit(rooms: Rooms, stored: StoredMemory) -> None:
             f"bytes; at most {MOST_BYTES} are allowed. Train on fewer shots a class."
         )
     total = held_bytes(stored, dim) - stored.offsets.nbytes + OFFSETS * dim * torch.float32.itemsize * len(classes)
-    if total > rooms.settings.tenant_max_bytes:
-        raise LimitExceeded(
-            f"With offsets the tenant would hold {total} bytes; at most {rooms.settings.tenant_max_bytes} are allowed."
-        )
+    most = rooms.settings.of(stored.record.name).tenant_max_bytes
+    if total > most:
+        raise LimitExceeded(f"With offsets the tenant would hold {total} bytes; at most {most} are allowed.")
 
 
 async def _train(rooms: Rooms, tenant: str, options: Options, report: Report) -> Mapping[str, Any]:

@@ -87,8 +87,6 @@ async def post_classify(request: Request) -> Response:
     asked_in = parsed(CallHeaders, "header", request.headers)
     tenant, key = tenant_of(request, asked_in.tenant, asked.tenant), asked_in.key
     deadline = deadline_of(asked_in.deadline_ms, rooms)
-    if key is None:  # the answer to a retry may be at hand
-        rooms.batcher.knock(tenant=tenant, deadline=deadline)
     images = await read_images(request, rooms.settings)
     call = ClassifyCall(
         tenant=tenant,
@@ -117,7 +115,7 @@ async def answered(rooms: Rooms, ledger: Ledger, call: ClassifyCall, key: str | 
         readings = [result for result in results if isinstance(result, Reading)]
         if not readings:
             raise AllFailed([result for result in results if not isinstance(result, Reading)])
-        headers["Server-Timing"] = _server_timing(readings)
+        headers.update({"Server-Timing": _server_timing(readings), **rooms.quotas.headers(call.tenant)})
         latest = max(reading.stamp for reading in readings)
         told = ClassifyOut(
             tenant=call.tenant,

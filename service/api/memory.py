@@ -129,8 +129,6 @@ async def post_shots(
     key: KeyDep = None,
 ) -> Response:
     """Store labelled images; one that fails carries its own problem, and the others are stored at once."""
-    if key is None:  # the answer to a retry may be at hand
-        rooms.batcher.knock(tenant=tenant, deadline=deadline)
     upload = await read_shots(request, rooms.settings)
     return await unless_gone(request, _store(rooms, ledger, tenant, upload, deadline, key))
 
@@ -189,7 +187,8 @@ async def _store(
         shots = [_shot_out(one.label, result) for one, result in zip(labelled, results, strict=True)]
         return json_answer(ShotsOut(shots=shots, memory=stamp_out(stamp)), digest, 201, final=is_final(results))
 
-    return response_of(await ledger.once(tenant, key, digest, once, wait_s=deadline - rooms.clock()))
+    answer = await ledger.once(tenant, key, digest, once, wait_s=deadline - rooms.clock())
+    return response_of(answer, rooms.quotas.headers(tenant))
 
 
 def _shot_out(label: str, result: adapt.Shot | Fault) -> ShotOut:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Match
 
 from .. import logs
 from ..classify import Fault
-from ..errors import PROBLEMS, InvalidRequest, NotFound, ServiceError
+from ..errors import PROBLEMS, InvalidRequest, NotFound, RateLimited, ServiceError
 from ..images import ImageFault
 from ..metrics import Metrics
 from ..rooms import Rooms
@@ -64,7 +64,7 @@ def problem(slug: str, detail: str, *, retry_after: float | None = None, **more:
     )
 
 
-def problem_response(told: Problem, headers: dict[str, str] | None = None) -> Response:
+def problem_response(told: Problem, headers: Mapping[str, str] | None = None) -> Response:
     """Return a problem as an answer, with `Retry-After` where waiting helps."""
     extra = {} if told.retry_after is None else {"Retry-After": str(math.ceil(told.retry_after))}
     if told.status == HTTPStatus.UNAUTHORIZED:
@@ -87,7 +87,7 @@ def refusal(error: Fault | AllFailed, metrics: Metrics) -> Response:
         return _all_failed(error.faults)
     if isinstance(error, ServiceError):
         metrics.rejected.labels(error.slug).inc()
-    return problem_response(problem_of(error))
+    return problem_response(problem_of(error), error.headers if isinstance(error, RateLimited) else None)
 
 
 def _all_failed(faults: Sequence[Fault]) -> Response:

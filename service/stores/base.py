@@ -475,11 +475,15 @@ class MemoryStore(Protocol):
             ReloadNeeded: as for `sync`; nothing was written.
         """
 
-    async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
+    async def add_shots(
+        self, tenant: str, since: Stamp, shots: Sequence[StoredShot], *, beside: str | None = None
+    ) -> Stamp:
         """Add shots; one whose id is there already changes nothing, unless it waits for its feature.
 
+        `beside` is the hash of the shots that the caller has counted (`TenantRecord.shown`), where that matters.
+
         Raises:
-            ReloadNeeded: the stamp is of another epoch; nothing was written.
+            ReloadNeeded: the stamp is of another epoch, or other shots are there; nothing was written.
         """
 
     async def images(self, tenant: str, at: Stamp, shots: Sequence[StoredShot]) -> Sequence[bytes | None]:

@@ -189,8 +189,12 @@ class InProcessStore:
         verdicts = tuple(self._enter(held, candidate, changes) for candidate in candidates)
         return Pushed(verdicts=verdicts, synced=Synced(stamp=held.record.stamp, changes=tuple(changes)))
 
-    async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
+    async def add_shots(
+        self, tenant: str, since: Stamp, shots: Sequence[StoredShot], *, beside: str | None = None
+    ) -> Stamp:
         held = self._current(tenant, since)
+        if beside is not None and held.record.shown != beside:
+            raise ReloadNeeded(tenant)
         new = {shot.id: shot for shot in shots if shot.id not in held.shots}
         for shot in shots:
             known = held.shots.get(shot.id)

@@ -285,9 +285,11 @@ class RedisStore:
         stamp = _stamp(since.epoch, reply[1], reply[4])
         return Pushed(verdicts=verdicts, synced=Synced(stamp=stamp, changes=changes))
 
-    async def add_shots(self, tenant: str, since: Stamp, shots: Sequence[StoredShot]) -> Stamp:
+    async def add_shots(
+        self, tenant: str, since: Stamp, shots: Sequence[StoredShot], *, beside: str | None = None
+    ) -> Stamp:
         keys = Keys(tenant)
-        args: list[str | bytes | float] = [since.epoch]
+        args: list[str | bytes | float] = [since.epoch, "any" if beside is None else beside]
         for shot in shots:
             args += [shot.id, _owner(shot), shot.feature, shot.image or b""]
         pile = keys.shots((await self._places(tenant, since.epoch)).pile)

@@ -775,6 +775,23 @@ async def test_slot_writes_of_others_do_not_keep_shots_out(store: MemoryStore) -
     assert await shots(store) == {shot("s")}
 
 
+async def test_shots_are_added_beside_those_that_were_counted_and_no_others(store: MemoryStore) -> None:
+    await create(store)
+    before = await store.get("zoo")
+    assert before is not None
+    await store.add_shots("zoo", before.stamp, [shot("a")], beside=before.shown)
+    with pytest.raises(ReloadNeeded):
+        await store.add_shots("zoo", before.stamp, [shot("b")], beside=before.shown)
+    after = await store.get("zoo")
+    assert after is not None
+    assert after.shown != before.shown
+    await push(store, candidate("slot", 0.1))
+    await store.add_shots("zoo", after.stamp, [shot("b")], beside=after.shown)
+    stored = await store.load("zoo")
+    assert stored is not None
+    assert {one.id for own in stored.shots.values() for one in own} == {"a", "b"}
+
+
 @pytest.mark.parametrize("step", NEW_EPOCH)
 async def test_shots_for_another_epoch_are_refused_whole(store: MemoryStore, step: Step) -> None:
     old = await create(store)

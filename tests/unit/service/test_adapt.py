@@ -622,12 +622,12 @@ async def test_an_upload_that_another_writer_crossed_is_checked_anew(
     await adapt.put_tenant(rooms, "zoo", colours("red", "green"))
     real, crossed = rooms.store.add_shots, False
 
-    async def crossing(tenant: str, since: object, shots: object) -> object:
+    async def crossing(tenant: str, since: object, shots: object, *, beside: str | None) -> object:
         nonlocal crossed
         if not crossed:
             crossed = True
             await put(rooms, colours("green"))
-        return await real(tenant, since, shots)  # type: ignore[arg-type]
+        return await real(tenant, since, shots, beside=beside)  # type: ignore[arg-type]
 
     monkeypatch.setattr(rooms.store, "add_shots", crossing)
     with pytest.raises(UnknownClass):
@@ -640,7 +640,7 @@ async def test_an_upload_that_is_crossed_again_and_again_ends_in_a_refusal(
 ) -> None:
     await adapt.put_tenant(rooms, "zoo", colours("red"))
 
-    async def crossed(*_: object) -> None:
+    async def crossed(*_: object, **_more: object) -> None:
         raise ReloadNeeded
 
     monkeypatch.setattr(rooms.store, "add_shots", crossed)

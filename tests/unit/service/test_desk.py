@@ -107,7 +107,7 @@ class Study:
             self.store,
             self.worker,
             self.metrics,
-            tenant_max_bytes=tenant_max_bytes,
+            tenant_max_bytes=lambda _: tenant_max_bytes,
             pending_images=pending_images,
             serve_stale=serve_stale,
         )

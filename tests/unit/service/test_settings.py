@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from service.settings import Settings, operator_key_of
+from service.settings import Settings, TenantLimits, operator_key_of
 
 OTHER: dict[str, object] = {
     "host": "localhost",
@@ -31,6 +32,7 @@ OTHER: dict[str, object] = {
     "cache_dir": Path("/some/where"),
     "embedded_binary": "redis-server",
     "embedded_fsync": "always",
+    "tenant_limits": {"zoo": TenantLimits(tenant_rate=5.0, max_shots=9)},
 }
 """A value that is not the default, of those settings that are not plain numbers."""
 
@@ -43,12 +45,21 @@ def other(name: str) -> object:
 
 def written(value: object) -> str:
     """Return a value as an environment variable says it."""
+    if isinstance(value, dict):
+        return json.dumps(_plain(value))
     return (
         ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
     )
 
 
+def _plain(limits: dict[str, TenantLimits]) -> dict[str, dict[str, float]]:
+    return {tenant: own.model_dump(exclude_none=True) for tenant, own in limits.items()}
+
+
 def in_toml(value: object) -> str:
+    if isinstance(value, dict):
+        lines = (f"{tenant}.{name} = {limit}" for tenant, own in _plain(value).items() for name, limit in own.items())
+        return f"{{ {', '.join(lines)} }}"
     if isinstance(value, tuple):
         return str(list(value))
     if isinstance(value, Path):
@@ -105,7 +116,7 @@ def test_the_environment_beats_the_file(name: str, file: Path, monkeypatch: pyte
     assert getattr(Settings(), name) == default
 
 
-@pytest.mark.parametrize("name", Settings.model_fields)
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name != "tenant_limits"])  # no option
 def test_the_command_line_beats_the_environment(name: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default, value = Settings.model_fields[name].get_default(call_default_factory=True), other(name)
     file.write_text(f"{name} = {in_toml(value)}\n")
@@ -274,3 +285,19 @@ def test_a_file_that_holds_no_key_is_refused_and_nothing_of_it_is_repeated(tmp_p
     with pytest.raises(ValueError, match=r"^DMN_OPERATOR_KEY_FILE names ") as error:
         operator_key_of(Settings(operator_key_file=str(file)))
     assert "too-short" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"zoo": {"colour": 1}}', '{"no name": {"tenant_rate": 1}}', '{"zoo": {"tenant_rate": -1}}', '{"zoo": 5}', "zoo"],
+)
+def test_what_some_tenants_may_is_checked_like_the_rest(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DMN_TENANT_LIMITS", text)
+    with pytest.raises(ValueError, match="tenant_limits"):
+        Settings()
+
+
+def test_a_tenant_of_which_nothing_is_said_has_the_settings_of_all() -> None:
+    settings = Settings(tenant_rate=2.0, tenant_limits={"zoo": TenantLimits(max_shots=3)})
+    assert settings.of("farm") is settings
+    assert (settings.of("zoo").tenant_rate, settings.of("zoo").max_shots) == (2.0, 3)
