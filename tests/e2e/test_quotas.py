@@ -1,0 +1,77 @@
+"""Two services on one store share a tenant's places, and what a killed one held is free again."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from service.quotas import LEASE_S
+from tests.command import WITH_FAKE, Command
+from tests.fakes import picture
+from tests.servers import BINARIES, server
+
+BINARY = next((found for found in BINARIES.values() if found), None)
+pytestmark = pytest.mark.skipif(BINARY is None, reason="no Valkey or Redis server is installed")
+
+PATIENCE_S = 60.0
+
+NEVER_DONE = f"""
+import threading
+from tests.fakes import FakeEncoder
+quick, warm = FakeEncoder.encode_images, []
+def encode(self, pixels):
+    if warm:
+        threading.Event().wait()
+    warm.append(True)
+    return quick(self, pixels)
+FakeEncoder.encode_images = encode
+{WITH_FAKE}"""
+"""A service whose device hangs on the first image after it was warmed up."""
+
+
+def ask(url: str, seed: int) -> httpx.Response:
+    image = ("images", (f"{seed}.png", picture("red", seed), "image/png"))
+    return httpx.post(f"{url}/classify", files=[image], timeout=PATIENCE_S)
+
+
+def leave_waiting(url: str) -> None:
+    """Post an image that is never answered, as its service is killed first."""
+    with pytest.raises(httpx.TransportError):
+        ask(url, 1)
+
+
+def test_the_place_of_an_image_whose_service_is_killed_is_held_until_then_and_free_soon_after() -> None:
+    assert BINARY is not None
+    own = {"DMN_TENANT_CONCURRENT": "1", "DMN_CANARY_S": "0"}
+    with (
+        server(BINARY) as store,
+        Command("fake", "serve", "--port", "0", store=store.url, **own) as other,
+        Command("fake", "serve", "--port", "0", store=store.url, script=NEVER_DONE, **own) as hangs,
+    ):
+        url, stuck = other.url(), hangs.url()
+        httpx.put(f"{url}/tenants/default", json={"classes": ["red", "blue"]}).raise_for_status()
+        assert ask(url, 0).status_code == 200
+        caller = threading.Thread(target=leave_waiting, args=(stuck,))
+        caller.start()
+        _until(lambda: "dmn_batch_images_count 1.0" in httpx.get(f"{stuck}/metrics").text)
+        assert ask(url, 2).status_code == 429
+        held_until = time.monotonic() + 1.5 * LEASE_S
+        while time.monotonic() < held_until:
+            assert ask(url, 2).status_code == 429, "a place was lost while its image is at work"
+            time.sleep(0.5)  # bounded by the loop: a lease shows by lasting
+        hangs.process.kill()
+        caller.join(PATIENCE_S)
+        killed = time.monotonic()
+        _until(lambda: ask(url, 3).status_code == 200)
+        assert time.monotonic() - killed < LEASE_S + 5.0
+
+
+def _until(told: Callable[[], bool]) -> None:
+    ends = time.monotonic() + PATIENCE_S
+    while not told():
+        assert time.monotonic() < ends
+        time.sleep(0.05)  # bounded above
