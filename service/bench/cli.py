@@ -32,6 +32,9 @@ Name = TypeVar("Name", bound=str)
 MOST_CLASSES, MOST_TENANTS = 10_000, 100_000
 """More than a tenant may have, and than fit into memory."""
 
+MOST_PLANNED = 10_000_000
+"""Devices, or tenants, of a fleet."""
+
 app = typer.Typer(help="Measure how fast things are here, side by side.", no_args_is_help=True)
 
 
@@ -160,6 +163,51 @@ def store(
 
     problem = part.Problem(classes=classes, slots=slots, dim=dim)
     tell(part, lambda: part.measure(problem, repeats=repeats), as_json=as_json, plot=plot)
+
+
+@app.command()
+def plan(
+    devices: Annotated[str, typer.Option(metavar="1,2,5", help="Numbers of devices, one a pod.")] = "1,10,1000",
+    tenants: Annotated[str, typer.Option(metavar="1,2,5", help="Numbers of tenants.")] = "10,1000,100000",
+    classes: Annotated[int, typer.Option(min=1, max=MOST_CLASSES, help="Classes of each.")] = 20,
+    slots: Annotated[int, typer.Option(min=0, help="Dynamic slots of each class.")] = 50,
+    shots: Annotated[int, typer.Option(min=0, help="Labelled shots of each class.")] = 5,
+    dim: Annotated[int, typer.Option(min=1, help="Entries of a feature.")] = 512,
+    rate: Annotated[float, typer.Option(min=0.001, help="Images a second that a device encodes.")] = 400.0,
+    accepted: Annotated[float, typer.Option(min=0, max=1, help="Share of images that a memory takes in.")] = 0.02,
+    auto: Annotated[bool, typer.Option("--auto/--dmn", help="The method of all tenants.")] = True,  # noqa: FBT002
+    home: Annotated[bool, typer.Option("--home/--anywhere", help="Whether a tenant goes to one pod.")] = True,  # noqa: FBT002
+    shard_gib: Annotated[float, typer.Option(min=0.1, help="Memory of a shard that may be used.")] = 16.0,
+    shard_cores: Annotated[float, typer.Option(min=0.01, help="Cores of a shard that may be used.")] = 0.5,
+    hot_gib: Annotated[float, typer.Option(min=0.01, help="A pod's budget for hot memories.")] = 1.0,
+    link_mbit: Annotated[float, typer.Option(min=1, help="What a pod or a shard may send and receive.")] = 5000.0,
+    as_json: JsonOption = False,  # noqa: FBT002
+    plot: PlotOption = None,
+) -> None:
+    """Compute what a fleet needs in pods, shards, memory and network, and what is short first."""
+    from . import plan as part  # noqa: PLC0415 - as the docstring above says
+
+    fleets = [
+        part.Fleet(
+            devices=pods,
+            tenants=number,
+            classes=classes,
+            slots=slots,
+            shots=shots,
+            dim=dim,
+            rate=rate,
+            accepted=accepted,
+            auto=auto,
+            home=home,
+            shard_gib=shard_gib,
+            shard_cores=shard_cores,
+            hot_gib=hot_gib,
+            link_mbit=link_mbit,
+        )
+        for number in _sizes("tenants", tenants, MOST_PLANNED)
+        for pods in _sizes("devices", devices, MOST_PLANNED)
+    ]
+    tell(part, lambda: part.measure(fleets), as_json=as_json, plot=plot)
 
 
 def _chosen(option: str, text: str, known: Sequence[Name]) -> list[Name]:

@@ -38,6 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", default="1,2,3", help="numbers of processes, separated by commas")
     parser.add_argument("--tenants", type=int, default=30)
+    parser.add_argument("--method", choices=("auto", "dmn"), default="auto", help="of all tenants")
     parser.add_argument("--connections", type=int, default=32, help="to each process")
     parser.add_argument("--device-ms", type=float, default=80.0, help="what a batch of 8 takes on the device")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
@@ -66,7 +67,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         servers = [
             stack.enter_context(running(f"process {at}", kind, cores=cores, threads=1)) for at in range(max(numbers))
         ]
-        _make_tenants(servers[0], options.tenants)
+        _make_tenants(servers[0], options)
         rounds: list[dict[int, dict[str, float]]] = []
         for at in range(options.rounds + 1):
             seen = {number: _load(servers[:number], whole, images, cores, options) for number in numbers}
@@ -78,7 +79,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ]
     for case in cases:
         case["of_linear"] = case["per_second"] / (cases[0]["per_second"] / cases[0]["processes"] * case["processes"])
-    return {"cases": cases, "tenants": options.tenants, "device_ms": options.device_ms}
+    return {"cases": cases, "tenants": options.tenants, "device_ms": options.device_ms, "method": options.method}
 
 
 def table(told: dict[str, Any]) -> str:
@@ -94,9 +95,10 @@ def table(told: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _make_tenants(server: Server, number: int) -> None:
-    for at in range(number):
-        told = httpx.put(f"{server.url}/tenants/t{at}", json={"classes": CLASSES}, timeout=60.0)
+def _make_tenants(server: Server, options: argparse.Namespace) -> None:
+    for at in range(options.tenants):
+        config = {"classes": CLASSES, "method": options.method}
+        told = httpx.put(f"{server.url}/tenants/t{at}", json=config, timeout=60.0)
         told.raise_for_status()
 
 
