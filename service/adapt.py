@@ -41,7 +41,7 @@ from .stores.base import (
     labelling_of,
     shown_of,
 )
-from .tenants import ClassSpec, TenantConfig, checked, class_id, class_name, tenant_name
+from .tenants import ClassSpec, TenantConfig, checked, class_id, class_name, shadow_of, tenant_name
 
 _TRIES = 5
 _UPLOAD_TRIES = 20
@@ -110,6 +110,7 @@ async def delete_tenant(rooms: Rooms, tenant: str) -> None:
     """
     async with rooms.archive.exclusive(tenant):
         found = await rooms.store.delete(tenant)
+        await rooms.store.delete(shadow_of(tenant))
         if tenant == DEFAULT_TENANT:
             await ensure_default(rooms)
         rooms.archive.drop(tenant)
@@ -122,7 +123,7 @@ async def ensure_default(rooms: Rooms) -> None:
     """Create the default tenant, without classes, where it is missing."""
     if await rooms.store.get(DEFAULT_TENANT) is None:
         with suppress(Conflict):  # another replica was faster
-            await _replace(rooms, DEFAULT_TENANT, None, TenantConfig())
+            await configure(rooms, DEFAULT_TENANT, None, TenantConfig())
 
 
 async def add_shots(
@@ -204,7 +205,12 @@ async def reset(
     )
     saved = await snapshots.before(rooms, tenant, "reset")
     async with rooms.archive.exclusive(tenant):
-        stamp = await rooms.store.reset(tenant, dynamic=dynamic, static=static, class_ids=ids)
+        empty = partial(rooms.store.reset, dynamic=dynamic, static=static, class_ids=ids)
+        # The shadow first, or a switch in between would bring back what it holds; and again what came in between.
+        shadowed = await empty(shadow_of(tenant))
+        stamp = await empty(tenant)
+        if shadowed is not None:
+            await empty(shadow_of(tenant))
         rooms.archive.drop(tenant)
     if stamp is None:
         raise UnknownTenant(f"There is no tenant {tenant!r}.")
@@ -224,10 +230,19 @@ async def purge(rooms: Rooms, tenant: str, label: str, slot: str) -> None:
     """
     spec = (await rooms.archive.record(tenant)).config.spec(class_name(label, rooms.settings.max_text_chars))
     async with rooms.archive.exclusive(tenant):
+        await _purge_shadow(rooms, tenant, slot)
         if await rooms.store.purge(tenant, spec.id, slot):
             rooms.archive.drop(tenant)
             return
     raise UnknownSlot(f"The class {label!r} holds no slot {slot!r}.")
+
+
+async def _purge_shadow(rooms: Rooms, tenant: str, slot: str) -> None:
+    """Take an image out of a tenant's shadow too, whatever class the next encoder gave it."""
+    shadow = await rooms.store.load(shadow_of(tenant))
+    for own, bank in ({} if shadow is None else shadow.slots).items():
+        if slot in bank.ids:
+            await rooms.store.purge(shadow_of(tenant), own, slot)
 
 
 async def load(rooms: Rooms, tenant: str) -> StoredMemory:
@@ -266,13 +281,13 @@ async def _change(rooms: Rooms, tenant: str, revise: Revise, *, anew: bool = Fal
             config = revise(None if old is None else old.config)
             if old is None:
                 await snapshots.check_room(rooms)
-            elif not anew:
+            elif not anew or rooms.reading(old.fingerprint) is not rooms:
                 check_fingerprint(old, rooms.encoder)
             if old is not None and not saved:
                 await _save(rooms, old, config)
                 saved = True
             try:
-                record = await _replace(rooms, tenant, old, config)
+                record = await configure(rooms, tenant, old, config)
             except Conflict:
                 continue
             rooms.archive.drop(tenant)
@@ -289,7 +304,12 @@ async def _save(rooms: Rooms, old: TenantRecord, config: TenantConfig) -> None:
         await snapshots.before(rooms, old.name, "class-removal")
 
 
-async def _replace(rooms: Rooms, tenant: str, old: TenantRecord | None, config: TenantConfig) -> TenantRecord:
+async def configure(rooms: Rooms, tenant: str, old: TenantRecord | None, config: TenantConfig) -> TenantRecord:
+    """Give a tenant a configuration in the place of what is known of it, None if nothing is; return its record.
+
+    Raises:
+        Conflict: it has changed meanwhile.
+    """
     # Even where no slot needs it: the first image should not have to wait for the prompts.
     await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
     fingerprint, origin = rooms.encoder.fingerprint, origin_of(rooms.encoder)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -33,10 +34,12 @@ from .housekeeping import keep_house
 from .idempotency import Ledger
 from .images import ImageLimits
 from .jobs import Jobs
-from .metrics import Metrics
+from .metrics import Metrics, divided
+from .moving import Filler
 from .quotas import Quotas
 from .rooms import Rooms
 from .settings import Settings, operator_key_of
+from .shadows import Shadows
 from .stores.base import MemoryStore
 from .stores.embedded import free_bytes, settled
 from .stores.opening import open_store
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from .spans import Spans
 
 NAME = "dmn-clip-service"
+
+Threads = tuple[Worker, Worker]
+"""That of the device, and that of the memories."""
 
 
 def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
@@ -97,13 +103,19 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
 
 
 @asynccontextmanager
-async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> AsyncIterator[Rooms]:
+async def open_rooms(
+    settings: Settings, encoder: Encoder | None = None, following: Encoder | None = None
+) -> AsyncIterator[Rooms]:
     """Furnish the rooms, and take them down again: work in flight first, then the worker, then the store.
 
+    Where the settings name a next encoder there are rooms of that one too, `Rooms.beside` these. The two encoders are
+    loaded if they are not given.
+
     Raises:
-        EncoderUnavailable: the encoder cannot be had.
+        EncoderUnavailable: an encoder cannot be had.
+        FingerprintMismatch: the store is of another format.
         StoreDown: the store does not answer, or cannot be started.
-        ValueError: the device cannot be used, or traces cannot be sent.
+        ValueError: the device cannot be used, traces cannot be sent, or both encoders give the same features.
     """
     settings = settled(settings)
     worker = Worker()
@@ -113,24 +125,46 @@ async def open_rooms(settings: Settings, encoder: Encoder | None = None) -> Asyn
         settings = settings.model_copy(update={"batch_images": batch_on(device, settings)})
         # First what fails fast: an encoder takes its time.
         async with tracing.opened(settings) as traces, open_store(settings) as store:
-            loaded = encoder
-            if loaded is None:
-                loaded = await worker.run(load_encoder, settings, device)
-            rooms = _furnish(settings, loaded, (worker, reader), store, traces)
-            await worker.run(_warm_up, loaded)
+            encoders = [await worker.run(load_encoder, settings, device) if encoder is None else encoder]
+            if settings.next_encoder and following is None:
+                following = await worker.run(load_encoder, _of_next(settings), device)
+            encoders += [] if following is None else [following]
+            rooms = _furnish(settings, encoders, (worker, reader), store, traces)
+            for own in encoders:
+                await worker.run(_warm_up, own)
             await adapt.ensure_default(rooms)
-            rooms.batcher.start()
-            house = asyncio.create_task(keep_house(rooms), name="dmn-housekeeping")
-            logs.event(logs.STARTED, encoder=loaded.name, device=str(loaded.device), store=settings.store_kind)
-            try:
+            async with _kept(rooms):
+                logs.event(logs.STARTED, encoder=encoders[0].name, device=str(device), store=settings.store_kind)
                 yield rooms
-            finally:
-                house.cancel()
-                await asyncio.gather(house, return_exceptions=True)
-                await _leave(rooms)
     finally:
         reader.close()
         worker.close()
+
+
+@asynccontextmanager
+async def _kept(rooms: Rooms) -> AsyncIterator[None]:
+    """Take images in, and see to what nobody asks for; then answer what is in flight and write what was learned."""
+    houses = rooms.beside or [rooms]
+    for own in houses:
+        own.batcher.start()
+    duties = [keep_house(own) for own in houses]
+    filler = None
+    if rooms.beside:
+        filler = Filler(rooms, rooms.beside[1], _shadow_desk(rooms.beside[1]))
+        duties.append(filler.run())
+    tasks = [asyncio.create_task(duty, name="dmn-housekeeping") for duty in duties]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await rooms.jobs.aclose()
+        if filler is not None:
+            await filler.aclose()
+        for own in reversed(houses):
+            await _leave(own)
+        logs.event(logs.STOPPED)
 
 
 def load_encoder(settings: Settings, device: torch.device) -> Encoder:
@@ -171,23 +205,52 @@ async def _note_locked_doors(rooms: Rooms) -> None:
 
 
 async def _leave(rooms: Rooms) -> None:
-    await rooms.jobs.aclose()
     await rooms.batcher.aclose()
     await rooms.desk.drain()
     await rooms.archive.settle(everything=True)
     await rooms.quotas.aclose()
     rooms.darkroom.close()
-    logs.event(logs.STOPPED)
 
 
 def _furnish(
-    settings: Settings, encoder: Encoder, threads: tuple[Worker, Worker], store: MemoryStore, traces: Spans | None
+    settings: Settings, encoders: Sequence[Encoder], threads: Threads, store: MemoryStore, traces: Spans | None
 ) -> Rooms:
-    worker, reader = threads
+    """Return the rooms of the first encoder, with those of the next one, if there is one, beside them."""
     disable_created_metrics()  # a second series beside each counter, which nobody asks for
-    metrics, clock = Metrics(CollectorRegistry()), time.monotonic
-    store = watched(store, metrics, clock, partial(_has_room, settings))
-    metrics.build_info.labels(version(NAME), encoder.name, encoder.fingerprint[:12]).set(1)
+    first, metrics = encoders[0], Metrics(CollectorRegistry())
+    store = watched(store, metrics, time.monotonic, partial(_has_room, settings))
+    metrics.build_info.labels(version(NAME), first.name, first.fingerprint[:12]).set(1)
+    if len(encoders) == 1:
+        return _rooms(settings, first, threads, store, metrics, traces)
+    if first.fingerprint == encoders[1].fingerprint:
+        raise ValueError("DMN_NEXT_ENCODER gives the same features as DMN_ENCODER: there is nothing to move.")
+    own, others = divided(metrics, among=2)
+    beside: list[Rooms] = []
+    shadows = Shadows(max_bytes=settings.next_queue_bytes)
+    rooms = replace(_rooms(settings, first, threads, store, own, traces), beside=beside, shadows=shadows)
+    # What is one for the whole process stays one.
+    shared = {name: getattr(rooms, name) for name in ("jobs", "quotas", "carrier", "dock", "tutor")}
+    following = replace(
+        _rooms(_of_next(settings), encoders[1], threads, store, others, traces), beside=beside, **shared
+    )
+    beside += [rooms, following]
+    return rooms
+
+
+def _of_next(settings: Settings) -> Settings:
+    """Return the settings as they are for the rooms of the next encoder."""
+    return settings.model_copy(update={"encoder": settings.next_encoder})
+
+
+def _rooms(
+    settings: Settings,
+    encoder: Encoder,
+    threads: Threads,
+    store: MemoryStore,
+    metrics: Metrics,
+    traces: Spans | None,
+) -> Rooms:
+    (worker, reader), clock = threads, time.monotonic
     limits = ImageLimits(
         max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
     )
@@ -242,6 +305,17 @@ def _furnish(
         traces=traces,
         clock=clock,
         wall=time.time,
+    )
+
+
+def _shadow_desk(rooms: Rooms) -> Desk:
+    """Return a desk for what nobody asked: no metric tells of it, and nothing of it waits for a store that is away."""
+    return Desk(
+        rooms.archive,
+        rooms.store,
+        rooms.reader,
+        Metrics(CollectorRegistry()),
+        tenant_max_bytes=lambda tenant: rooms.settings.of(tenant).tenant_max_bytes,
     )
 
 

@@ -143,6 +143,10 @@ class Archive:
         """Whose memories are hot, the least used first."""
         return list(self._hot)
 
+    def is_hot(self, tenant: str) -> bool:
+        """Return whether a tenant's memory is ready to be read."""
+        return tenant in self._hot
+
     @asynccontextmanager
     async def exclusive(self, tenant: str) -> AsyncIterator[None]:
         """Hold a tenant's memory against every other task of this process."""

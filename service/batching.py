@@ -62,6 +62,8 @@ class Batcher:
         self._tenant_images = tenant_images
         self._waiting: Turns[_Item] = Turns()
         self._arrived = asyncio.Event()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._taken: Counter[str] = Counter()
         self._rate = 0.0
         self._loop: asyncio.Task[None] | None = None
@@ -137,6 +139,15 @@ class Batcher:
         self._count_waiting()
         self._arrived.set()
         return await item.future
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no image waits for the device."""
+        return self._quiet.is_set()
+
+    async def quiet(self) -> None:
+        """Return when no image waits for the device: what nobody waits for may have it."""
+        await self._quiet.wait()
 
     async def probe(self, pixels: Tensor) -> None:
         """Encode an image that nobody sent, pixels (1, 3, h, w), to know whether the device works; nobody counts it."""
@@ -229,6 +240,10 @@ class Batcher:
 
     def _count_waiting(self) -> None:
         self.metrics.queue_images.set(sum(len(item.pixels) for item in self._waiting))
+        if self._waiting:
+            self._quiet.clear()
+        else:
+            self._quiet.set()
 
 
 def _stopping() -> Draining:

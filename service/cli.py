@@ -381,6 +381,37 @@ def import_memory(
     out.print(f"The memory of {tenant} is now that of {file}.{kept}", highlight=False, soft_wrap=True)
 
 
+@memory.command("migrate")
+def migrate_memory(
+    tenant: TenantOption = DEFAULT_TENANT,
+    switch: Annotated[bool, typer.Option("--switch", help="Put the next encoder's memory in its place.")] = False,  # noqa: FBT002
+    status: Annotated[bool, typer.Option("--status", help="Say how far it is; so does no option.")] = False,  # noqa: FBT002
+    abandon: Annotated[bool, typer.Option("--abandon", help="Drop what the next encoder has learned.")] = False,  # noqa: FBT002
+    force: Annotated[bool, typer.Option("--force", help="With --switch: also if shots are lost by it.")] = False,  # noqa: FBT002
+    url: UrlOption = None,
+    key_file: KeyFileOption = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Move a tenant to the encoder that DMN_NEXT_ENCODER of a running service names."""
+    if switch + status + abandon > 1 or (force and not switch):
+        _stop("Say one of --switch, --status and --abandon; --force goes with --switch.")
+    where = _service(url, key_file)
+    if abandon:
+        remote.abandon(*where, tenant)
+        told: dict[str, Any] = {"tenant": tenant}
+        line = f"What the next encoder had learned of {tenant} is gone."
+    elif switch:
+        told = {"tenant": tenant, **remote.switch(*where, tenant, err, force=force)}
+        line = _switched(told)
+    else:
+        told = remote.migration(*where, tenant)
+        line = _standing(told)
+    if as_json:
+        _print_json(told)
+    else:
+        out.print(line, highlight=False, soft_wrap=True)
+
+
 @keys.command("create")
 def create_key(
     scope: Annotated[
@@ -491,9 +522,9 @@ def _setting_fault(one: Any) -> str:
 
 
 def _quiet(settings: Settings) -> Settings:
-    """Send only warnings to the terminal while a command runs that prints its own answer."""
+    """Send only warnings to the terminal while a command runs that prints its own answer; it has one encoder."""
     logs.set_up("warning", "text")
-    return settings
+    return settings.model_copy(update={"next_encoder": ""})
 
 
 def _kind(orders: int | None, kind: StreamKind | None) -> Literal["iid", "runs", "zipf", "drift"] | None:
@@ -519,6 +550,25 @@ def _check_place(file: Path) -> None:
         _stop(f"{file.parent} is no folder that {file.name} could be written to.")
     if file.is_dir():
         _stop(f"{file} is a folder; name a file to write to.")
+
+
+def _standing(told: dict[str, Any]) -> str:
+    """Return where a tenant is on its way to another encoder, in words."""
+    held = "{slots} slots and {shots} shots".format
+    line = f"The memory of {told['tenant']} is of {told['encoder']}: {held(**told['memory'])}."
+    if told["next"] is None:
+        return f"{line} There is no next encoder that it could be switched to."
+    line += f" Under {told['next']} " + ("nothing is learned yet." if told["shadow"] is None else "there are ")
+    line += "" if told["shadow"] is None else f"{held(**told['shadow'])}."
+    if told["stranded"]:
+        line += f" {told['stranded']} shots have no kept image, and would be lost."
+    return line + (" What was trained has to be trained anew." if told["trained"] else "")
+
+
+def _switched(told: dict[str, Any]) -> str:
+    """Return what a switch did, in words."""
+    back = f" What it was before is in the snapshot {told['snapshot']}." if told["snapshot"] else ""
+    return f"{told['tenant']} is now of {told['encoder']}: {told['slots']} slots and {told['shots']} shots.{back}"
 
 
 def _shown(name: str, value: object) -> object:

@@ -85,7 +85,7 @@ class Reading:
 
     `probabilities` (c,), on the CPU, are those of the fusion in the tenant's order of classes, and `top` the likeliest
     of them, `fused` the first of these. `stale` says that the memory may be behind the store's, or waits for upkeep;
-    `due` that it does the latter.
+    `due` that it does the latter. `digest` is what the memory knows the image by.
     """
 
     probabilities: Tensor
@@ -100,6 +100,7 @@ class Reading:
     stale: bool
     due: bool
     laps: list[Lap]
+    digest: str = ""
 
     @property
     def fused(self) -> Choice:
@@ -237,6 +238,7 @@ class Desk:
                 stale=hot.stale,
                 due=hot.due,
                 laps=[*laps],
+                digest=waiting.question.digest,
             )
             waiting.future.set_result(reading)
 

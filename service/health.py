@@ -37,6 +37,9 @@ async def readiness(rooms: Rooms) -> tuple[bool, Mapping[str, Check]]:
         "store": await _store(rooms),
         "draining": Check(ok=not rooms.batcher.leaving, detail="stopping" if rooms.batcher.leaving else "no"),
     }
+    for other in rooms.beside:
+        if other is not rooms:
+            checks["next_encoder"] = _encoder(other)
     settings = rooms.settings
     if settings.store == "embedded":
         checks["disk"] = await asyncio.to_thread(_disk, rooms)

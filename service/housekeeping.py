@@ -15,6 +15,7 @@ from . import logs, snapshots
 from .errors import NoClasses, ServiceError, StoreDown, UnknownTenant
 from .rooms import Rooms
 from .tallies import EXCHANGE_S
+from .tenants import is_shadow
 
 TICK_S = 1.0
 
@@ -71,7 +72,7 @@ class Housekeeper:
             await _attempt(partial(rooms.archive.exchange, tenant, EXCHANGE_S))
             if rooms.settings.verify_s:
                 await _attempt(partial(rooms.archive.verify, tenant, rooms.settings.verify_s))
-            if self._may_ask(tenant):
+            if not is_shadow(tenant) and self._may_ask(tenant):
                 await _attempt(partial(snapshots.on_schedule, rooms, tenant))
 
     def _may_ask(self, tenant: str) -> bool:

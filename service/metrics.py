@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from time import perf_counter, time_ns
-from typing import Literal
+from typing import Literal, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -46,6 +47,9 @@ class Metrics:
         self.predictions = counter("dmn_predictions_total", "Images answered, by which branches agree.", "agreement")
         self.updates = counter("dmn_memory_updates_total", "What images did to the dynamic memory.", "outcome")
         self.counted = counter("dmn_statistics_images_total", "What became of images for class statistics.", "outcome")
+        self.shadows = counter(
+            "dmn_shadow_images_total", "What became of images for the memory of the next encoder.", "outcome"
+        )
         self.repairs = counter("dmn_memory_repairs_total", "Hot memories found different from the store's.")
         self.hot_evictions = counter("dmn_hot_evictions_total", "Hot memories dropped for room.")
         self.store_errors = counter("dmn_store_errors_total", "Store operations that failed.", "op")
@@ -94,6 +98,8 @@ class Metrics:
             self.updates.labels(outcome)
         for outcome in ("counted", "lost"):
             self.counted.labels(outcome)
+        for outcome in ("learned", "late", "failed", "dropped"):
+            self.shadows.labels(outcome)
         for agreement in AGREEMENTS:
             self.predictions.labels(agreement)
         for stage in STAGES:
@@ -102,3 +108,25 @@ class Metrics:
             self.rejected.labels(reason)
         for reason in FAULTS:
             self.image_errors.labels(reason)
+
+
+class _Part:
+    """A gauge of which several show what they have together: the sum, or the largest."""
+
+    def __init__(self, gauge: Gauge, parts: dict[int, float], together: Callable[[Iterable[float]], float]) -> None:
+        self._gauge, self._parts, self._together = gauge, parts, together
+
+    def set(self, value: float) -> None:
+        self._parts[id(self)] = value
+        self._gauge.set(self._together(self._parts.values()))
+
+
+def divided(metrics: Metrics, among: int) -> list[Metrics]:
+    """Return the same metrics for several sets of rooms, whose gauges would otherwise overwrite each other's."""
+    parts = [copy(metrics) for _ in range(among)]
+    for name in ("queue_images", "inflight_images", "hot_tenants", "hot_bytes", "fill_ratio"):
+        held: dict[int, float] = {}
+        for own in parts:
+            part = _Part(getattr(metrics, name), held, max if name == "fill_ratio" else sum)
+            setattr(own, name, cast("Gauge", part))
+    return parts

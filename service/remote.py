@@ -1,7 +1,8 @@
-"""Commands that talk to a running service: export and import of a tenant's memory."""
+"""Commands that talk to a running service: export, import and migration of a tenant's memory."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 PART_BYTES = 1 << 20
+
+_MIGRATION = "/admin/memory/migration"
+_LOOK_S = 0.2
 
 _TIMEOUT = httpx.Timeout(30.0, read=600.0, write=600.0)
 """Seconds; a large memory takes its time to be written aside before the service answers."""
@@ -73,6 +77,52 @@ def import_memory(url: str, key: str, tenant: str, path: Path, console: Console)
     check(answer)
     told: dict[str, Any] = answer.json()
     return told
+
+
+def migration(url: str, key: str, tenant: str) -> dict[str, Any]:
+    """Return where a tenant is on its way to the next encoder.
+
+    Raises:
+        ConnectionError: the service does not answer.
+        ValueError: it refuses; says why.
+    """
+    with connected(url, tenant, key) as client:
+        answer = client.get(_MIGRATION)
+    check(answer)
+    told: dict[str, Any] = answer.json()
+    return told
+
+
+def switch(url: str, key: str, tenant: str, console: Console, *, force: bool) -> dict[str, Any]:
+    """Switch a tenant to the next encoder, wait until it is, and return what the job says of it.
+
+    Raises:
+        ConnectionError: the service does not answer.
+        ValueError: it refuses, or the job fails; says why.
+    """
+    with connected(url, tenant, key) as client, console.status(f"Switching {tenant} …"):
+        answer = client.post(_MIGRATION, json={"force": force})
+        check(answer)
+        while (job := answer.json())["state"] in ("queued", "running"):
+            time.sleep(_LOOK_S)
+            answer = client.get(f"/jobs/{job['id']}")
+            check(answer)
+    if job["state"] != "done":
+        why = f"{job['error']['title']}: {job['error']['detail']}" if job["error"] else "It was cancelled."
+        raise ValueError(f"{tenant} was not switched. {why}")
+    result: dict[str, Any] = job["result"]
+    return result
+
+
+def abandon(url: str, key: str, tenant: str) -> None:
+    """Drop what the next encoder has learned of a tenant.
+
+    Raises:
+        ConnectionError: the service does not answer.
+        ValueError: it refuses; says why.
+    """
+    with connected(url, tenant, key) as client:
+        check(client.delete(_MIGRATION))
 
 
 @contextmanager

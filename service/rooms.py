@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from core.encoder import Encoder
@@ -17,6 +17,7 @@ from .jobs import Jobs
 from .metrics import Metrics
 from .quotas import Quotas
 from .settings import Settings
+from .shadows import Shadows
 from .stores.base import MemoryStore
 from .texts import TextFeatures
 from .worker import Worker
@@ -32,7 +33,8 @@ class Rooms:
     `worker` is the encoder's thread, and that of whatever else takes its time; `reader` is that of hot memories.
     `clock` is monotonic and `wall` is wall time, both in seconds. `carrier` is held by whoever has a whole memory in
     hand, `dock` by whoever receives one: one at a time, so that neither memory nor disk fill up. `tutor` is held by who
-    trains on the device. `traces` are None while nobody asks for them.
+    trains on the device. `traces` are None while nobody asks for them. `beside` are all rooms of this process, these
+    among them, where it has two encoders, and `shadows` the images that wait for the next one (`service.moving`).
     """
 
     settings: Settings
@@ -54,3 +56,9 @@ class Rooms:
     traces: Spans | None
     clock: Callable[[], float]
     wall: Callable[[], float]
+    beside: list[Rooms] = field(default_factory=list, repr=False, compare=False)
+    shadows: Shadows | None = None
+
+    def reading(self, fingerprint: str) -> Rooms:
+        """Return the rooms of this process whose encoder makes features of that fingerprint; these, if none does."""
+        return next((own for own in self.beside if own.encoder.fingerprint == fingerprint), self)

@@ -56,6 +56,13 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="address that the server listens on")
     port: int = Field(8000, ge=0, le=65535, description="port that the server listens on; 0 picks a free one")
     encoder: str = Field("lite", description="`lite`, `MODEL/PRETRAINED` of open_clip, or `MODEL@FILE`")
+    next_encoder: str = Field(
+        "",
+        description="another one beside it, that tenants are moved to while they are served; with DMN_HTTP_WORKERS=0",
+    )
+    next_queue_bytes: PositiveInt = Field(
+        64 * MIB, description="images that wait to be shown to the next encoder, all tenants"
+    )
     encoder_backend: Literal["torch", "openvino", "onnx"] = Field(
         "torch", description="what runs the image tower; `openvino` and `onnx` are for CPUs and need the extra `cpu`"
     )
@@ -224,8 +231,8 @@ class Settings(BaseSettings):
         return self.store.partition("://")[0]
 
     def of(self, tenant: str) -> Settings:
-        """Return the settings as they are for a tenant."""
-        own = self.tenant_limits.get(tenant)
+        """Return the settings as they are for a tenant, or for its shadow (`tenants.shadow_of`)."""
+        own = self.tenant_limits.get(tenant.partition("/")[0])
         return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
 
     @field_validator("tenant_limits", mode="before")
@@ -258,6 +265,10 @@ class Settings(BaseSettings):
         known = {"JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"}
         if not self.image_formats or not known.issuperset(self.image_formats):
             raise ValueError(f"DMN_IMAGE_FORMATS names some of {', '.join(sorted(known))}, separated by commas.")
+        if self.next_encoder and self.http_workers:
+            raise ValueError(
+                "DMN_NEXT_ENCODER needs the service in one process: leave DMN_HTTP_WORKERS at 0 until all are moved."
+            )
         if self.batch_images > self.queue_images:
             raise ValueError("DMN_BATCH_IMAGES must not be larger than DMN_QUEUE_IMAGES.")
         return self

@@ -16,6 +16,7 @@ from .errors import Contended, FingerprintMismatch, InvalidRequest, LimitExceede
 from .rooms import Rooms
 from .settings import Settings
 from .stores.base import Conflict, SnapshotInfo, StoredMemory, TenantRecord
+from .tenants import shadow_of
 
 MANUAL = "manual"
 """Reason of a snapshot that people asked for."""
@@ -36,7 +37,7 @@ async def take(rooms: Rooms, tenant: str, reason: str = MANUAL) -> SnapshotInfo:
     """
     async with rooms.carrier:
         await rooms.archive.hand_in(tenant)
-        return await _take(rooms, tenant, await _load(rooms, tenant), reason)
+        return await _take(rooms, tenant, await load_whole(rooms, tenant), reason)
 
 
 async def before(rooms: Rooms, tenant: str, reason: str) -> SnapshotInfo | None:
@@ -121,7 +122,9 @@ async def bring_in(
         # Several workers that learn at once may pass a tenant's limit by a little; what was there may come back.
         settings = settings.model_copy(update={"tenant_max_bytes": 2 * settings.tenant_max_bytes})
     brought = await asyncio.to_thread(transfer.read, path, settings=settings)
-    differs = differences(brought.record, rooms.encoder)
+    # Where two encoders are loaded, a file of either may come: a restore is also the way back from a switch.
+    own = rooms.reading(brought.record.fingerprint)
+    differs = differences(brought.record, own.encoder)
     if differs:
         raise FingerprintMismatch(
             f"The file holds a memory {differs}. Features of two encoders are never mixed, and nothing was changed: "
@@ -134,15 +137,20 @@ async def bring_in(
             f"{settings.tenant_max_bytes}."
         )
     training = brought.record.training
-    if training is not None and training.dim != rooms.encoder.dim:
-        raise InvalidRequest(f"The file's offsets have {training.dim} entries; this encoder has {rooms.encoder.dim}.")
+    if training is not None and training.dim != own.encoder.dim:
+        raise InvalidRequest(f"The file's offsets have {training.dim} entries; this encoder has {own.encoder.dim}.")
     # Even where no slot needs it: the first image should not have to wait for the prompts.
     config = brought.record.config
-    await rooms.texts.class_weights([config.prompts(spec) for spec in config.classes])
+    await own.texts.class_weights([config.prompts(spec) for spec in config.classes])
     saved = await before(rooms, tenant, reason)
-    async with rooms.archive.exclusive(tenant):
-        record = await _put(rooms, tenant, brought)
-        rooms.archive.drop(tenant)
+    await rooms.store.delete(shadow_of(tenant))  # before, or a switch in between would bring it back
+    async with own.archive.exclusive(tenant):
+        record = await _put(own, tenant, brought)
+        own.archive.drop(tenant)
+    if own is not rooms:
+        async with rooms.archive.exclusive(tenant):
+            rooms.archive.drop(tenant)
+    await rooms.store.delete(shadow_of(tenant))  # and what traffic has made of it since
     logs.event(logs.MEMORY_RESTORED, tenant=tenant, reason=reason, slots=_slots(brought), shots=_shots(brought))
     return record, saved
 
@@ -155,12 +163,17 @@ async def send_out(rooms: Rooms, tenant: str) -> tuple[int, Iterator[bytes]]:
     """
     async with rooms.carrier:
         await rooms.archive.hand_in(tenant)
-        stored = await _load(rooms, tenant)
+        stored = await load_whole(rooms, tenant)
     created = _iso(rooms.wall())
     return transfer.size_of(stored, created=created), transfer.parts(stored, created=created)
 
 
-async def _load(rooms: Rooms, tenant: str) -> StoredMemory:
+async def load_whole(rooms: Rooms, tenant: str) -> StoredMemory:
+    """Return everything that the store holds of a tenant, images too; for whoever holds the `carrier`.
+
+    Raises:
+        UnknownTenant: there is no such tenant.
+    """
     stored = await rooms.store.load(tenant, images=True)
     if stored is None:
         raise UnknownTenant(f"There is no tenant {tenant!r}.")

@@ -21,6 +21,9 @@ from .settings import TENANT_NAME, Settings
 Retention = Literal["features", "images"]
 """What is kept of an uploaded shot: its feature, or its bytes too, so that another encoder can read it later."""
 
+_SHADOW = "/next"
+"""What no name of a tenant has in it."""
+
 _TENANT_NAME = re.compile(TENANT_NAME)
 
 
@@ -118,6 +121,16 @@ def tenant_name(name: str) -> str:
             "A tenant name starts with a letter or digit and has up to 64 letters, digits, dots, underscores, hyphens."
         )
     return name
+
+
+def shadow_of(tenant: str) -> str:
+    """Return the name of the memory that a tenant has under the next encoder, as `service.moving` fills it."""
+    return tenant + _SHADOW
+
+
+def is_shadow(name: str) -> bool:
+    """Return whether a name is that of such a memory, and so no tenant's."""
+    return name.endswith(_SHADOW)
 
 
 def class_name(name: str, limit: int = 256) -> str:

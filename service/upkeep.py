@@ -183,7 +183,7 @@ async def _read_all(rooms: Rooms, stored: StoredMemory, done: set[str], failed: 
     for start in range(0, len(blank), _SHOTS):
         part = blank[start : start + _SHOTS]
         images = await rooms.store.images(tenant, stamp, part)
-        read = [await _read(rooms, tenant, shot, image) for shot, image in zip(part, images, strict=True)]
+        read = [await read_anew(rooms, tenant, shot, image) for shot, image in zip(part, images, strict=True)]
         await rooms.store.add_shots(tenant, stamp, [shot for shot in read if shot is not None])
         await _drop(rooms, tenant)
         done |= {shot.id for shot in read if shot is not None}
@@ -191,7 +191,7 @@ async def _read_all(rooms: Rooms, stored: StoredMemory, done: set[str], failed: 
         report((len(done) + len(failed)) / total)
 
 
-async def _read(rooms: Rooms, tenant: str, shot: StoredShot, image: bytes | None) -> StoredShot | None:
+async def read_anew(rooms: Rooms, tenant: str, shot: StoredShot, image: bytes | None) -> StoredShot | None:
     """Return a shot with the feature that this encoder gives its image; None if the image cannot be read."""
     if image is None:
         return None

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from .. import adapt, snapshots
+from .. import adapt, moving, snapshots
 from ..errors import QueueFull, UnsupportedBody
 from ..idempotency import digest_of
 from ..rooms import Rooms
@@ -20,6 +20,7 @@ from .deps import (
     KeyDep,
     LedgerDep,
     LimitDep,
+    OwnRoomsDep,
     RoomsDep,
     TenantDep,
     json_answer,
@@ -28,7 +29,16 @@ from .deps import (
     stamp_out,
 )
 from .guard import Guarded
-from .schemas import ResetIn, ResetOut, SnapshotListOut, SnapshotOut
+from .schemas import (
+    HoldingOut,
+    JobOut,
+    MigrateIn,
+    MigrationOut,
+    ResetIn,
+    ResetOut,
+    SnapshotListOut,
+    SnapshotOut,
+)
 
 router = APIRouter(prefix="/admin/memory", tags=["admin"], route_class=Guarded)
 
@@ -40,7 +50,9 @@ _UPLOAD = {"required": True, "content": {_FILE: {"schema": {"type": "string", "f
 
 
 @router.post("/reset", response_model=ResetOut, summary="Empty the memories")
-async def reset(rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, body: ResetIn, key: KeyDep = None) -> Response:
+async def reset(
+    rooms: OwnRoomsDep, ledger: LedgerDep, tenant: TenantDep, body: ResetIn, key: KeyDep = None
+) -> Response:
     """Empty the dynamic memory, the static one or both, of some classes or of all; a snapshot keeps what was there."""
     digest = digest_of(("reset", body.model_dump_json()))
 
@@ -58,7 +70,7 @@ async def reset(rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, body: Res
 
 
 @router.post("/snapshots", status_code=201, response_model=SnapshotOut, summary="Take a snapshot")
-async def take(rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, key: KeyDep = None) -> Response:
+async def take(rooms: OwnRoomsDep, ledger: LedgerDep, tenant: TenantDep, key: KeyDep = None) -> Response:
     """Keep the memory as it is now, to come back to."""
     digest = digest_of(("snapshot",))
 
@@ -70,7 +82,7 @@ async def take(rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, key: KeyDe
 
 @router.get("/snapshots", summary="List the snapshots")
 async def list_snapshots(
-    rooms: RoomsDep, tenant: TenantDep, limit: LimitDep = 100, cursor: CursorDep = None
+    rooms: OwnRoomsDep, tenant: TenantDep, limit: LimitDep = 100, cursor: CursorDep = None
 ) -> SnapshotListOut:
     """Return a page of snapshots, the newest first."""
     await rooms.archive.record(tenant)
@@ -80,26 +92,26 @@ async def list_snapshots(
 
 
 @router.get("/snapshots/{snapshot}", summary="Look at a snapshot")
-async def get_snapshot(rooms: RoomsDep, tenant: TenantDep, snapshot: str) -> SnapshotOut:
+async def get_snapshot(rooms: OwnRoomsDep, tenant: TenantDep, snapshot: str) -> SnapshotOut:
     """Return what is known of one snapshot."""
     return SnapshotOut.of(await snapshots.find(rooms, tenant, snapshot))
 
 
 @router.post("/snapshots/{snapshot}/restore", summary="Go back to a snapshot")
-async def restore(rooms: RoomsDep, tenant: TenantDep, snapshot: str) -> ResetOut:
+async def restore(rooms: OwnRoomsDep, tenant: TenantDep, snapshot: str) -> ResetOut:
     """Bring configuration and memories back to what they were, at once for all who read; and keep what they are."""
     record, saved = await snapshots.restore(rooms, tenant, snapshot)
     return _told(tenant, record.stamp, saved)
 
 
 @router.delete("/snapshots/{snapshot}", status_code=204, summary="Remove a snapshot")
-async def drop(rooms: RoomsDep, tenant: TenantDep, snapshot: str) -> None:
+async def drop(rooms: OwnRoomsDep, tenant: TenantDep, snapshot: str) -> None:
     """Remove a snapshot; the memory stays as it is."""
     await snapshots.drop(rooms, tenant, snapshot)
 
 
 @router.get("/export", response_class=StreamingResponse, summary="Export the memory")
-async def export(rooms: RoomsDep, tenant: TenantDep) -> StreamingResponse:
+async def export(rooms: OwnRoomsDep, tenant: TenantDep) -> StreamingResponse:
     """Return configuration and memories as one safetensors file."""
     size, parts = await snapshots.send_out(rooms, tenant)
     headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{tenant}.safetensors"'}
@@ -107,7 +119,7 @@ async def export(rooms: RoomsDep, tenant: TenantDep) -> StreamingResponse:
 
 
 @router.post("/import", summary="Import a memory", openapi_extra={"requestBody": _UPLOAD})
-async def import_(request: Request, rooms: RoomsDep, tenant: TenantDep) -> ResetOut:
+async def import_(request: Request, rooms: OwnRoomsDep, tenant: TenantDep) -> ResetOut:
     """Replace configuration and memories, or create the tenant, by an exported file; all of it or nothing."""
     kind = request.headers.get("content-type", _FILE)
     if kind.startswith(("multipart/", "application/json")):
@@ -117,6 +129,34 @@ async def import_(request: Request, rooms: RoomsDep, tenant: TenantDep) -> Reset
     async with _received(request, rooms) as path:
         record, saved = await snapshots.bring_in(rooms, tenant, path)
     return _told(tenant, record.stamp, saved)
+
+
+@router.get("/migration", summary="Look at the way to the next encoder")
+async def migration(rooms: RoomsDep, tenant: TenantDep) -> MigrationOut:
+    """Return which encoder the memory is of, and what has been learned under the next one."""
+    found = await moving.standing(rooms, tenant)
+    return MigrationOut(
+        tenant=tenant,
+        encoder=found.encoder,
+        next=found.next,
+        memory=HoldingOut(slots=found.memory.slots, shots=found.memory.shots),
+        shadow=None if found.shadow is None else HoldingOut(slots=found.shadow.slots, shots=found.shadow.shots),
+        stranded=found.stranded,
+        trained=found.trained,
+    )
+
+
+@router.post("/migration", status_code=202, summary="Switch to the next encoder")
+async def switch(rooms: RoomsDep, tenant: TenantDep, body: MigrateIn | None = None) -> JobOut:
+    """Put what the next encoder has learned in the memory's place, at once for all who read; and keep what was."""
+    return JobOut.of(await moving.switch(rooms, tenant, force=body is not None and body.force))
+
+
+@router.delete("/migration", status_code=204, summary="Drop what the next encoder has learned")
+async def abandon(rooms: RoomsDep, tenant: TenantDep) -> None:
+    """Remove the memory under the next encoder; while that is loaded, traffic begins another."""
+    await rooms.archive.record(tenant)
+    await moving.abandon(rooms, tenant)
 
 
 @asynccontextmanager

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..classify import ClassifyCall, Fault, classify
+from .. import moving
+from ..classify import ClassifyCall, Fault
 from ..desk import Choice, Explanation, Reading
 from ..idempotency import Ledger
 from ..metrics import STAGES
@@ -111,7 +112,7 @@ async def answered(rooms: Rooms, ledger: Ledger, call: ClassifyCall, key: str | 
     headers: dict[str, str] = {}
 
     async def once() -> Remembered:
-        results = await classify(rooms, call)
+        own, results = await moving.classify(rooms, call)
         readings = [result for result in results if isinstance(result, Reading)]
         if not readings:
             raise AllFailed([result for result in results if not isinstance(result, Reading)])
@@ -119,7 +120,7 @@ async def answered(rooms: Rooms, ledger: Ledger, call: ClassifyCall, key: str | 
         latest = max(reading.stamp for reading in readings)
         told = ClassifyOut(
             tenant=call.tenant,
-            model=rooms.encoder.name,
+            model=own.encoder.name,
             predictions=[_told(result) for result in results],
             memory=stamp_out(latest, stale=any(reading.stale for reading in readings)),
         )

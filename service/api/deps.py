@@ -12,6 +12,7 @@ from fastapi import Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .. import moving
 from ..errors import PROBLEMS, InvalidRequest, ServiceError
 from ..idempotency import Ledger, digest_of
 from ..rooms import Rooms
@@ -47,6 +48,10 @@ async def _tenant(
     return tenant_of(request, x_tenant, tenant)
 
 
+async def _own_rooms(rooms: Annotated[Rooms, Depends(_rooms)], tenant: Annotated[str, Depends(_tenant)]) -> Rooms:
+    return await moving.rooms_of(rooms, tenant)
+
+
 async def _deadline(
     rooms: Annotated[Rooms, Depends(_rooms)],
     x_deadline_ms: Annotated[float | None, Header(gt=0, lt=1e9, description="milliseconds the answer may take")] = None,
@@ -55,6 +60,11 @@ async def _deadline(
 
 
 RoomsDep = Annotated[Rooms, Depends(_rooms)]
+"""The rooms of the house: of its own encoder, where it has two."""
+
+OwnRoomsDep = Annotated[Rooms, Depends(_own_rooms)]
+"""Those that the memory of the tenant at hand is of."""
+
 LedgerDep = Annotated[Ledger, Depends(_ledger)]
 TenantDep = Annotated[str, Depends(_tenant)]
 DeadlineDep = Annotated[float, Depends(_deadline)]

@@ -31,6 +31,7 @@ NEEDS: Mapping[str, Scope | None] = {
     "/admin/memory/snapshots/{snapshot}/restore": Scope.ADMIN,
     "/admin/memory/export": Scope.ADMIN,
     "/admin/memory/import": Scope.ADMIN,
+    "/admin/memory/migration": Scope.ADMIN,
     "/metrics": Scope.METRICS,
     "/tenants": Scope.OPERATOR,
     "/livez": None,

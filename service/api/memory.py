@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from core.adapted import Adaptation
 
-from .. import adapt, training
+from .. import adapt, moving, training
 from ..archive import held_bytes
 from ..classify import Fault
 from ..errors import InvalidRequest
@@ -23,6 +24,7 @@ from .deps import (
     KeyDep,
     LedgerDep,
     LimitDep,
+    OwnRoomsDep,
     RoomsDep,
     TenantDep,
     digest_if,
@@ -74,7 +76,7 @@ _UPLOAD = {
 
 
 @router.get("", summary="Look at both memories")
-async def get_memory(rooms: RoomsDep, tenant: TenantDep) -> MemoryOut:
+async def get_memory(rooms: OwnRoomsDep, tenant: TenantDep) -> MemoryOut:
     """Return counts and entropies of every class, and where the memory is in its life."""
     stored = await adapt.load(rooms, tenant)
     return _memory_out(rooms, stored, await adapt.adaptation(rooms, stored.record))
@@ -82,7 +84,7 @@ async def get_memory(rooms: RoomsDep, tenant: TenantDep) -> MemoryOut:
 
 @router.get("/dynamic/{name:path}", summary="Look at the slots of a class")
 async def list_slots(
-    rooms: RoomsDep, tenant: TenantDep, name: str, limit: LimitDep = 100, cursor: CursorDep = None
+    rooms: OwnRoomsDep, tenant: TenantDep, name: str, limit: LimitDep = 100, cursor: CursorDep = None
 ) -> SlotListOut:
     """Return a page of a class's dynamic slots, the surest first."""
     stored = await adapt.load(rooms, tenant)
@@ -93,14 +95,14 @@ async def list_slots(
 
 
 @router.delete("/dynamic/{name:path}/{slot}", status_code=204, summary="Purge a slot")
-async def purge_slot(rooms: RoomsDep, tenant: TenantDep, name: str, slot: str) -> None:
+async def purge_slot(rooms: OwnRoomsDep, tenant: TenantDep, name: str, slot: str) -> None:
     """Remove one dynamic slot; its image cannot come back before the next reset."""
     await adapt.purge(rooms, tenant, name, slot)
 
 
 @router.get("/static", summary="List the shots")
 async def list_shots(
-    rooms: RoomsDep, tenant: TenantDep, limit: LimitDep = 100, cursor: CursorDep = None
+    rooms: OwnRoomsDep, tenant: TenantDep, limit: LimitDep = 100, cursor: CursorDep = None
 ) -> ShotListOut:
     """Return a page of shots, class after class."""
     stored = await adapt.load(rooms, tenant)
@@ -135,7 +137,7 @@ async def post_shots(
 
 @router.post("/static/train", status_code=202, response_model=JobOut, summary="Train on the shots")
 async def train(
-    rooms: RoomsDep, ledger: LedgerDep, tenant: TenantDep, body: TrainIn | None = None, key: KeyDep = None
+    rooms: OwnRoomsDep, ledger: LedgerDep, tenant: TenantDep, body: TrainIn | None = None, key: KeyDep = None
 ) -> Response:
     """Start few-shot training; its job tells how far it is, and the result is in use when it is done."""
     wanted = body or TrainIn()
@@ -148,14 +150,14 @@ async def train(
 
 
 @router.delete("/static/train", status_code=204, summary="Remove what was trained")
-async def remove_offsets(rooms: RoomsDep, tenant: TenantDep) -> None:
+async def remove_offsets(rooms: OwnRoomsDep, tenant: TenantDep) -> None:
     """Remove the trained offsets; shots and slots stay."""
     await training.remove(rooms, tenant)
 
 
 @router.delete("/static", status_code=204, summary="Remove every shot of a class")
 async def remove_label(
-    rooms: RoomsDep, tenant: TenantDep, label: Annotated[str | None, Query(description="the class")] = None
+    rooms: OwnRoomsDep, tenant: TenantDep, label: Annotated[str | None, Query(description="the class")] = None
 ) -> None:
     """Remove the shots of one class."""
     if label is None:
@@ -164,7 +166,7 @@ async def remove_label(
 
 
 @router.delete("/static/{shot}", status_code=204, summary="Remove a shot")
-async def remove_shot(rooms: RoomsDep, tenant: TenantDep, shot: str) -> None:
+async def remove_shot(rooms: OwnRoomsDep, tenant: TenantDep, shot: str) -> None:
     """Remove one shot."""
     await adapt.remove_shot(rooms, tenant, shot)
 
@@ -180,7 +182,8 @@ async def _store(
     digest = await digest_if(key, ("shots", *contents))
 
     async def once() -> Remembered:
-        results, stamp = await adapt.add_shots(rooms, tenant, labelled, deadline=deadline, bounded=not upload.zipped)
+        add = partial(adapt.add_shots, tenant=tenant, labelled=labelled, deadline=deadline, bounded=not upload.zipped)
+        results, stamp = await moving.in_its_rooms(rooms, tenant, add)
         faults = [result for result in results if not isinstance(result, adapt.Shot)]
         if len(faults) == len(results):
             raise AllFailed(faults)

@@ -482,6 +482,35 @@ class ResetOut(_Out):
     snapshot: SnapshotOut | None
 
 
+class HoldingOut(_Out):
+    """How much a memory holds."""
+
+    slots: int
+    shots: int
+
+
+class MigrateIn(_In):
+    """How to switch: with `force` also if shots are lost by it, whose images are not kept."""
+
+    force: bool = False
+
+
+class MigrationOut(_Out):
+    """Where a tenant is on its way to the next encoder.
+
+    `encoder` is its own, `next` the one that it may be switched to, if there is one; `shadow` is the memory that its
+    traffic has filled under that. `stranded` shots have no kept image, and trained offsets cannot come along either.
+    """
+
+    tenant: str
+    encoder: str
+    next: str | None
+    memory: HoldingOut
+    shadow: HoldingOut | None
+    stranded: int
+    trained: bool
+
+
 class CheckOut(_Out):
     """One reason for being ready or not."""
 

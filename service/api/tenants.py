@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import APIRouter, Response
 
-from .. import adapt
+from .. import adapt, moving
 from ..auth import named_tenant
 from ..idempotency import digest_of
 from ..stores.base import Remembered
@@ -32,7 +34,8 @@ async def list_tenants(rooms: RoomsDep, limit: LimitDep = 100, cursor: CursorDep
 )
 async def put_tenant(rooms: RoomsDep, tenant: str, body: TenantIn, response: Response) -> TenantOut:
     """Create a tenant (201) or replace its configuration (200); classes that stay keep their memories."""
-    changed = await adapt.put_tenant(rooms, tenant, body.config())
+    put = partial(adapt.put_tenant, name=tenant, config=body.config())
+    changed = await moving.in_its_rooms(rooms, named_tenant(tenant, None), put)
     response.status_code = 201 if changed.created else 200
     return _told(changed)
 
@@ -47,7 +50,8 @@ async def get_tenant(rooms: RoomsDep, tenant: str) -> TenantOut:
 @router.delete("/{tenant}", status_code=204, summary="Remove a tenant and its memories")
 async def delete_tenant(rooms: RoomsDep, tenant: str) -> None:
     """Remove a tenant with all that it has; the default one comes back without classes."""
-    await adapt.delete_tenant(rooms, named_tenant(tenant, None))
+    name = named_tenant(tenant, None)
+    await adapt.delete_tenant(await moving.rooms_of(rooms, name), name)
 
 
 @router.post("/{tenant}/classes", status_code=201, response_model=TenantOut, summary="Add classes")
@@ -59,9 +63,9 @@ async def add_classes(
     digest = digest_of(("classes", body.model_dump_json()))
 
     async def once() -> Remembered:
-        return json_answer(
-            _told(await adapt.add_classes(rooms, name, specs(body.classes))), digest, 201, exclude_none=True
-        )
+        add = partial(adapt.add_classes, tenant=name, added=specs(body.classes))
+        changed = await moving.in_its_rooms(rooms, name, add)
+        return json_answer(_told(changed), digest, 201, exclude_none=True)
 
     return response_of(await ledger.once(name, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
 
@@ -69,7 +73,8 @@ async def add_classes(
 @router.delete("/{tenant}/classes/{name:path}", status_code=204, summary="Remove a class and its memories")
 async def remove_class(rooms: RoomsDep, tenant: str, name: str) -> None:
     """Remove a class while running; the others keep their memories."""
-    await adapt.remove_class(rooms, named_tenant(tenant, None), name)
+    own = named_tenant(tenant, None)
+    await moving.in_its_rooms(rooms, own, partial(adapt.remove_class, tenant=own, name=name))
 
 
 def _told(changed: adapt.Changed) -> TenantOut:

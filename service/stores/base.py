@@ -417,7 +417,7 @@ class MemoryStore(Protocol):
         """Return a tenant's record, or None."""
 
     async def names(self, *, after: str, limit: int) -> Sequence[str]:
-        """Return up to `limit` tenant names after a name, in order."""
+        """Return up to `limit` tenant names after a name, in order; no shadows (`tenants.shadow_of`)."""
 
     async def load(self, tenant: str, *, images: bool = False) -> StoredMemory | None:
         """Return everything of a tenant, or None; the shots' images only if asked for."""

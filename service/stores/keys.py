@@ -15,7 +15,7 @@ KEYED = "dmn:keyed"
 
 
 class Keys:
-    """The keys of one tenant.
+    """The keys of one tenant; those of its shadow, by `tenants.shadow_of`, are on the same node.
 
     A *bank* holds all dynamic slots, a *pile* all shots, a *frame* all trained offsets, a *life* all class
     statistics. Each has a number, that of the epoch that it was written for; the configuration names the ones that are
@@ -25,7 +25,8 @@ class Keys:
     __slots__ = ("_root",)
 
     def __init__(self, tenant: str) -> None:
-        self._root = f"dmn:{{{tenant}}}"
+        own, _, aside = tenant.partition("/")
+        self._root = f"dmn:{{{own}}}:{aside}" if aside else f"dmn:{{{own}}}"
 
     @property
     def config(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from core.dynamic import Outcome
 
 from ..errors import StoreDown
-from ..tenants import TenantConfig
+from ..tenants import TenantConfig, is_shadow
 from .base import (
     SEED,
     Allowance,
@@ -85,7 +85,7 @@ class InProcessStore:
         return None if held is None else held.record
 
     async def names(self, *, after: str, limit: int) -> Sequence[str]:
-        return sorted(name for name in self._tenants if name > after)[:limit]
+        return sorted(name for name in self._tenants if name > after and not is_shadow(name))[:limit]
 
     async def load(self, tenant: str, *, images: bool = False) -> StoredMemory | None:
         held = self._tenants.get(tenant)

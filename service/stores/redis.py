@@ -23,7 +23,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from core.dynamic import Outcome
 
 from ..errors import Contended, FingerprintMismatch, StoreAway, StoreDown
-from ..tenants import TenantConfig
+from ..tenants import TenantConfig, is_shadow
 from .base import (
     OFFSETS,
     SEED,
@@ -170,7 +170,7 @@ class RedisStore:
         if (old.stamp.epoch if old else None) != (expected.epoch if expected else None):
             raise Conflict(tenant)
         # Before the tenant is there: a name without a tenant harms nobody, a tenant without a name would be lost.
-        await self._do(self._client.zadd(TENANTS, {tenant: 0}))
+        await self._list(tenant)
         epoch = int(await self._do(self._client.incr(keys.epochs)))
         present = _Places.of(known) if known else _Places(bank=epoch, pile=epoch)
         stay = {spec.id for spec in config.classes}
@@ -615,6 +615,10 @@ class RedisStore:
                     await self._counters.sweep(keys, told[0], told[0])
                 return _stamp(told[0], told[1], told[3]), told[2]
         raise Contended
+
+    async def _list(self, tenant: str) -> None:
+        if not is_shadow(tenant):
+            await self._do(self._client.zadd(TENANTS, {tenant: 0}))
 
     async def _keyed(self) -> list[str]:
         return [name.decode() for name in await self._do(self._client.zrange(KEYED, 0, -1))]

@@ -1,16 +1,35 @@
-"""From one release to the next by the real command, on a real server."""
+"""From one release or encoder to the next by the real command, on a real server."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
+import httpx
 import pytest
 from redis import Redis
 
-from tests.command import Command
-from tests.servers import BINARIES, server
+from tests.command import PATIENCE_S, WITH_FAKE, Command
+from tests.fakes import picture
+from tests.servers import BINARIES, server, until
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
+
+NAMED = """
+import sys
+from service.cli import main
+from core import openclip
+from tests.fakes import FakeEncoder
+class Named(FakeEncoder):
+    def __init__(self, name):
+        super().__init__(name)
+        self.name = name
+openclip.load = lambda name, **_: Named(name)
+sys.argv[0] = "dmn"
+main()
+"""
+"""The command as it is, but that any name is an encoder's, whose features go by that name."""
 
 
 @pytest.fixture
@@ -19,12 +38,68 @@ def store() -> Iterator[str]:
         yield running.url
 
 
+def served(store: str, **environment: str) -> Command:
+    """Serve the encoder `fake`, and whatever else the environment says."""
+    return Command("fake", "serve", "--port", "0", store=store, script=NAMED, **environment)
+
+
+def migrate(url: str, *options: str, status: int = 0) -> Any:
+    """Run `dmn memory migrate` for the tenant `shop`, and return what it prints, or on which words it ends."""
+    with Command("lite", "memory", "migrate", "--tenant", "shop", "--url", url, "--json", *options) as command:
+        assert command.ended() == status, command.err
+        return json.loads(command.out) if not status else "".join(command.err)
+
+
 def test_a_service_ends_at_once_on_a_store_of_another_major_format_and_says_why(store: str) -> None:
     with Redis.from_url(store) as client:
         client.set("dmn:format", "2")
-        with Command("fake", "serve", "--port", "0", store=store) as command:
+        with Command("fake", "serve", "--port", "0", store=store, script=WITH_FAKE) as command:
             assert command.ended() == 2
         said = [line for line in command.err if "dmn:" in line]
         assert len(said) == 1
         assert "The store is of format 2; this version reads 1. Nothing was changed." in said[0]
         assert client.keys("*") == [b"dmn:format"]
+
+
+def test_several_processes_and_a_next_encoder_are_refused_in_one_sentence(store: str) -> None:
+    with Command(
+        "fake", "serve", "--port", "0", "--http-workers", "1", store=store, DMN_NEXT_ENCODER="other"
+    ) as command:
+        assert command.ended() == 2
+        assert len(command.err) == 1
+        assert "DMN_NEXT_ENCODER needs the service in one process" in command.err[0]
+
+
+def test_a_tenant_moves_to_the_next_encoder_and_back_and_then_that_encoder_is_served_alone(store: str) -> None:
+    def answer(url: str, seed: int = 0) -> str:
+        """Return which encoder answers a picture that is learned."""
+        told = client.post(
+            f"{url}/classify",
+            content=picture("red", seed),
+            headers={"X-Tenant": "shop", "Content-Type": "image/png"},
+        )
+        assert told.status_code == 200, told.text
+        return str(told.json()["model"])
+
+    with httpx.Client(timeout=PATIENCE_S) as client:
+        with served(store, DMN_NEXT_ENCODER="next") as one, served(store, DMN_NEXT_ENCODER="next") as two:
+            urls = one.url(), two.url()
+            shop = {"classes": ["red", "green"], "retention": "images"}
+            assert client.put(f"{urls[0]}/tenants/shop", json=shop).status_code == 201
+            assert {answer(url, seed) for seed in range(4) for url in urls} == {"fake"}
+            until("the shadow is filled", lambda: migrate(urls[0])["shadow"] == {"slots": 4, "shots": 0})
+            there = migrate(urls[1], "--switch")
+            assert (there["encoder"], there["slots"]) == ("next", 4)
+            until("both follow", lambda: {answer(url, 9) for url in urls} == {"next"})
+            restored = client.post(
+                f"{urls[0]}/admin/memory/snapshots/{there['snapshot']}/restore", headers={"X-Tenant": "shop"}
+            )
+            assert restored.status_code == 200, restored.text
+            until("both are back", lambda: {answer(url, 9) for url in urls} == {"fake"})
+            migrate(urls[0], "--abandon")
+            migrate(urls[0], "--switch")
+            assert "there is no other one here" in migrate(urls[1], "--switch", status=2)
+        with served(store, DMN_ENCODER="next") as after:
+            url = after.url()
+            assert answer(url, 10) == "next"
+            assert migrate(url)["next"] is None

@@ -206,13 +206,13 @@ def _one_thread() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def opened(encoder: Encoder, **settings: Any) -> AsyncIterator[House]:
+async def opened(encoder: Encoder, following: Encoder | None = None, **settings: Any) -> AsyncIterator[House]:
     """Open a house, whatever the environment says, and close it again."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("DMN_")]:
             patch.delenv(name)
         whole = Settings(**({"decode_workers": 2, "store": "memory"} | settings))
-    async with open_rooms(whole, encoder) as rooms:
+    async with open_rooms(whole, encoder, following) as rooms:
         app = create_app(whole, rooms)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (

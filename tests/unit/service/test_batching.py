@@ -552,3 +552,21 @@ def test_features_follow_their_images_through_any_number_of_views() -> None:
     counts: Sequence[int] = (1, 4, 2, 1)
     results = encode_each(Device(), [image(n, views) for n, views in enumerate(counts)])
     assert [len(result) for result in results] == list(counts)  # type: ignore[arg-type]
+
+
+async def test_it_is_quiet_when_no_image_waits_for_the_device_also_while_it_works(shuttle: Shuttle) -> None:
+    batcher = shuttle.batcher
+    assert batcher.is_quiet
+    first = await hold(shuttle)
+    assert batcher.is_quiet
+    second = shuttle.send(1)
+    await settle()
+    assert not batcher.is_quiet
+    waiting = asyncio.create_task(batcher.quiet())
+    await settle()
+    assert not waiting.done()
+    shuttle.device.gate.set()
+    await answers(first, second)
+    async with asyncio.timeout(PATIENCE_S):
+        await waiting
+    assert batcher.is_quiet

@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics import MetricWrapperBase
 
 from service.errors import PROBLEMS
-from service.metrics import AGREEMENTS, FAULTS, OUTCOMES, REFUSALS, STAGES, Lap, Metrics
+from service.metrics import AGREEMENTS, FAULTS, OUTCOMES, REFUSALS, STAGES, Lap, Metrics, divided
 
 FIXED: dict[str, tuple[type[MetricWrapperBase], tuple[str, ...]]] = {
     "dmn_requests_total": (Counter, ("method", "route", "code")),
@@ -19,6 +19,7 @@ FIXED: dict[str, tuple[type[MetricWrapperBase], tuple[str, ...]]] = {
     "dmn_hot_evictions_total": (Counter, ()),
     "dmn_store_errors_total": (Counter, ("op",)),
     "dmn_statistics_images_total": (Counter, ("outcome",)),
+    "dmn_shadow_images_total": (Counter, ("outcome",)),
     "dmn_request_duration_seconds": (Histogram, ("route",)),
     "dmn_stage_duration_seconds": (Histogram, ("stage",)),
     "dmn_batch_images": (Histogram, ()),
@@ -113,3 +114,16 @@ def test_a_request_keeps_its_own_laps_in_order(metrics: Metrics) -> None:
     assert [lap[:2] for lap in laps] == [("store", 0.25), ("store", 0.5)]
     assert laps[0][2] <= laps[1][2]
     assert metrics.registry.get_sample_value("dmn_stage_duration_seconds_sum", {"stage": "store"}) == 0.75
+
+
+def test_gauges_of_several_sets_of_rooms_show_what_they_have_together(metrics: Metrics) -> None:
+    one, two = divided(metrics, among=2)
+    for own, held in ((one, 3.0), (two, 4.0), (one, 5.0)):
+        own.hot_bytes.set(held)
+        own.queue_images.set(held)
+        own.fill_ratio.set(held / 10)
+        own.repairs.inc()
+    shown = {name: metrics.registry.get_sample_value(name) for name in ("dmn_hot_bytes", "dmn_queue_images")}
+    assert shown == {"dmn_hot_bytes": 9.0, "dmn_queue_images": 9.0}
+    assert metrics.registry.get_sample_value("dmn_memory_fill_ratio") == 0.5
+    assert metrics.registry.get_sample_value("dmn_memory_repairs_total") == 3.0

@@ -22,6 +22,7 @@ OTHER: dict[str, object] = {
     "log_format": "text",
     "traces": "otlp",
     "encoder": "ViT-B-16/openai",
+    "next_encoder": "ViT-B-16/openai",
     "device": "cpu",
     "devices": ("cuda:0", "cuda:1"),
     "store": "redis://localhost:6379",
@@ -221,6 +222,7 @@ def test_devices_are_a_list_with_commas() -> None:
         {"operator_key": "x" * 513},
         {"operator_key": "x" * 20 + "\n"},
         {"operator_key": "x" * 20, "operator_key_file": "/some/file"},
+        {"next_encoder": "ViT-B-16/openai", "http_workers": 1},
     ],
 )
 def test_a_value_out_of_range_is_refused(wrong: dict[str, object]) -> None:

@@ -205,12 +205,12 @@ async def gate(house: House, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[G
 
 
 class Door:
-    """Holds `upkeep._read` at its n-th image until it is opened; the worker is free meanwhile."""
+    """Holds `upkeep.read_anew` at its n-th image until it is opened; the worker is free meanwhile."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, at: int) -> None:
-        self._real, self._at = upkeep._read, at
+        self._real, self._at = upkeep.read_anew, at
         self.reached, self._open = asyncio.Event(), asyncio.Event()
-        monkeypatch.setattr(upkeep, "_read", self)
+        monkeypatch.setattr(upkeep, "read_anew", self)
 
     async def __call__(self, rooms: Rooms, tenant: str, own: StoredShot, image: bytes | None) -> StoredShot | None:
         self._at -= 1
