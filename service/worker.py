@@ -34,7 +34,7 @@ class Worker:
         self._began = math.inf
         self._before = torch.get_num_threads()
         torch.set_num_threads(1)
-        self._thread.submit(torch.set_num_threads, cores or self._before).result()
+        self._thread.submit(_take_cores, cores or self._before).result()
 
     @property
     def busy_s(self) -> float:
@@ -58,6 +58,12 @@ class Worker:
         """Let the running function end, and stop."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         torch.set_num_threads(self._before)
+
+
+def _take_cores(cores: int) -> None:
+    """Have this thread compute on so many cores, whatever other threads are told later."""
+    torch.set_num_threads(cores)
+    torch.get_num_threads()  # until it was asked once, a thread takes over what was told last to any
 
 
 def batch_on(device: torch.device, settings: Settings) -> int:

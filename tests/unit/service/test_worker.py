@@ -134,8 +134,11 @@ async def test_all_cores_are_the_workers_and_those_who_made_it_compute_on_one() 
     torch.set_num_threads(2)
     try:
         worker = Worker()
+        other = Worker("other", cores=1)
         assert await worker.run(torch.get_num_threads) == 2
+        assert await other.run(torch.get_num_threads) == 1
         assert torch.get_num_threads() == 1
+        other.close()
         worker.close()
         assert torch.get_num_threads() == 2
     finally:
