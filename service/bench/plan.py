@@ -28,16 +28,16 @@ _MEGABIT = 1e6 / 8
 class Costs:
     """What things cost, in seconds of a processor core and in bytes.
 
-    Measured on two shared cores (Intel Xeon, 2026-11-25) by `python -m tests.bench.bench_scale`: a call on its way
-    through a pod, and a command and a byte on a node of the store. Sizes are counted: of a slot in Redis beside its
-    feature, and of what a command carries beside it.
+    Measured on two shared cores (Intel Xeon, 2026-11-25) by `python -m tests.bench.bench_scale`, with `--method dmn` a
+    call on its way through a pod, and a command on a node of the store and the bytes that it carries, and with `auto`
+    what a byte more costs there. A slot's bytes in Valkey beside its feature are counted.
     """
 
-    call_s: float = 1.4e-3
-    command_s: float = 60e-6
-    byte_s: float = 1.5e-9
-    slot_bytes: int = 190
-    command_bytes: int = 250
+    call_s: float = 2.6e-3
+    command_s: float = 50e-6
+    byte_s: float = 1.2e-9
+    slot_bytes: int = 120
+    command_bytes: int = 70
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
