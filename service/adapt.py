@@ -380,7 +380,7 @@ async def _walk_together(
 ) -> list[StoredShot | Fault]:
     keep = record.config.retention == "images"
     laps: list[list[Lap]] = [[] for _ in part]
-    with rooms.batcher.admit(len(part), tenant=record.name):
+    with rooms.batcher.admit(len(part), tenant=record.name, deadline=deadline):
         ways = [
             partial(_walk, rooms, record.name, one, deadline, own, keep=keep)
             for one, own in zip(part, laps, strict=True)

@@ -263,6 +263,7 @@ def _rooms(
         queue_images=settings.queue_images,
         tenant_images=settings.tenant_queue_images,
         wait_s=settings.batch_wait_ms / 1000,
+        max_wait_s=settings.max_wait_ms / 1000,
     )
     texts = TextFeatures(worker, encoder.encode_texts, max_bytes=settings.text_cache_bytes)
     archive = Archive(

@@ -1,8 +1,8 @@
 """The shuttle: images of all tenants into encode batches, one result or one error an image.
 
-The queue is bounded in images times views and checked before anything is decoded; whoever is there, a share of it stays
-free for the next tenant that comes. A batch goes as soon as the device is free; while it is busy the next one gathers,
-one image of each tenant in turn.
+The queue is bounded in images times views, and by how long a call would wait in it, and both are checked before
+anything is decoded; whoever is there, a share of it stays free for the next tenant that comes. A batch goes as soon as
+the device is free; while it is busy the next one gathers, one image of each tenant in turn.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from .turns import Turns
 from .worker import Worker
 
 _RATE_MEMORY = 0.8
+_RATE_BATCHES = 5
+"""Batches that tell a rate: the first ones find a cold device, and processors that decode what came with them."""
+
 _LONGEST_RETRY_S = 60.0
 
 
@@ -56,16 +59,20 @@ class Batcher:
         queue_images: int,
         tenant_images: int,
         wait_s: float,
+        max_wait_s: float,
     ) -> None:
         self._worker, self._encode, self.metrics, self._clock = worker, encode, metrics, clock
         self._batch_images, self._queue_images, self._wait_s = batch_images, queue_images, wait_s
-        self._tenant_images = tenant_images
+        self._tenant_images, self._max_wait_s = tenant_images, max_wait_s
         self._waiting: Turns[_Item] = Turns()
+        self._waiting_images = 0
         self._arrived = asyncio.Event()
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._taken: Counter[str] = Counter()
-        self._rate = 0.0
+        self._all_taken = 0
+        self._rate, self._measured = 0.0, 0
+        self._busy_since: float | None = None
         self._loop: asyncio.Task[None] | None = None
         self._closed = False
         self.succeeded = clock()
@@ -86,19 +93,20 @@ class Batcher:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
         _fail(self._waiting.clear(), _stopping())
+        self._count_waiting(-self._waiting_images)
 
     @property
     def taken(self) -> int:
         """Images times views that are in the server."""
-        return self._taken.total()
+        return self._all_taken
 
     @contextmanager
-    def admit(self, images: int, *, tenant: str) -> Iterator[None]:
-        """Hold room for images times views of a tenant until they are answered.
+    def admit(self, images: int, *, tenant: str, deadline: float = math.inf) -> Iterator[None]:
+        """Hold room for images times views of a tenant until they are answered, by a moment of the clock if need be.
 
         Raises:
             Draining: the server is going down.
-            QueueFull: there is no room now, at all or for this tenant; says when there may be.
+            QueueFull: there is no room now, at all or for this tenant, or too much goes before; says when to come back.
             InvalidRequest: there is never room for so many.
         """
         if self.draining:
@@ -108,17 +116,23 @@ class Batcher:
             raise InvalidRequest(
                 f"The call holds {images} images times views; the server takes in {most} of a tenant at most."
             )
-        if self._taken[tenant] + images > self._share(tenant) or self.taken + images > self._queue_images:
-            raise QueueFull(
-                f"There is no room for {images} more images times views of this tenant, which has "
-                f"{self._taken[tenant]} here; some is left for tenants that have none.",
-                retry_after_s=self.retry_after_s(),
-            )
+        self._check_room(images, tenant, deadline)
         self._take(tenant, images)
         try:
             yield
         finally:
             self._take(tenant, -images)
+
+    def knock(self, *, tenant: str, deadline: float) -> None:
+        """Return if a tenant's call may be read: one that brings but one image would be let in.
+
+        So that what is refused costs nothing to read. Whoever may come is still counted by `admit`.
+
+        Raises:
+            QueueFull: it would not; says when to come again.
+        """
+        if not self.leaving:  # who hangs up on a body that it has not read takes back what it has just said
+            self._check_room(1, tenant, deadline)
 
     def retry_after_s(self) -> float:
         """Return the seconds until what is in the server will be done, by the measured rate; at least 1."""
@@ -136,7 +150,7 @@ class Batcher:
             raise _stopping()
         item = _Item(pixels=pixels, deadline=deadline, queued=self._clock(), laps=laps)
         self._waiting.put(tenant, item)
-        self._count_waiting()
+        self._count_waiting(len(pixels))
         self._arrived.set()
         return await item.future
 
@@ -172,7 +186,7 @@ class Batcher:
     async def _fill(self) -> None:
         """Wait for a full batch, no longer than the setting says, counted from the first image."""
         ends = min((item.queued for item in self._waiting), default=0.0) + self._wait_s
-        while sum(len(item.pixels) for item in self._waiting) < self._batch_images:
+        while self._waiting_images < self._batch_images:
             self._arrived.clear()
             left = ends - self._clock()
             if left <= 0:
@@ -188,6 +202,7 @@ class Batcher:
         room, now = self._batch_images, self._clock()
         while self._waiting and (len(self._waiting.first().pixels) <= room or not batch):
             item = self._waiting.take()
+            self._count_waiting(-len(item.pixels))
             if item.future.done():
                 continue
             if now > item.deadline:
@@ -197,7 +212,6 @@ class Batcher:
             room -= len(item.pixels)
         if not self._waiting:
             self._arrived.clear()
-        self._count_waiting()
         return batch
 
     async def _deliver(self, batch: list[_Item]) -> None:
@@ -209,7 +223,7 @@ class Batcher:
         results = await self._worker.run(encode_each, self._encode, [item.pixels for item in batch])
         self._note(results)
         seconds = self._clock() - start
-        self._learn_rate(size / max(seconds, 1e-6))
+        self._learn_rate(size, start)
         for item, result in zip(batch, results, strict=True):
             self.metrics.observe_stage("encode", seconds, item.laps)
             if item.future.done():
@@ -223,8 +237,49 @@ class Batcher:
         if any(isinstance(one, Tensor) for one in results):
             self.succeeded = self._clock()
 
-    def _learn_rate(self, rate: float) -> None:
+    def _learn_rate(self, size: int, start: float) -> None:
+        """Note how fast images get through: a batch's since the one before if somebody was here all the time.
+
+        Then the time between two batches tells whatever held them up, decoding and readouts too; otherwise only the
+        batch's own does.
+        """
+        now = self._clock()
+        rate = size / max(now - (start if self._busy_since is None else self._busy_since), 1e-6)
         self._rate = _RATE_MEMORY * self._rate + (1 - _RATE_MEMORY) * rate if self._rate else rate
+        self._measured += 1
+        self._busy_since = now if self.taken else None
+
+    def _check_room(self, images: int, tenant: str, deadline: float) -> None:
+        """Return if there is room for images times views of a tenant, and what goes before them is done in time.
+
+        A call that would be late anyway is told so now, while another server may still be asked.
+
+        Raises:
+            QueueFull: it is not so.
+        """
+        if self._taken[tenant] + images > self._share(tenant) or self.taken + images > self._queue_images:
+            raise QueueFull(
+                f"There is no room for {images} more images times views of this tenant, which has "
+                f"{self._taken[tenant]} here; some is left for tenants that have none.",
+                retry_after_s=self.retry_after_s(),
+            )
+        if not self._max_wait_s or self._measured < _RATE_BATCHES:
+            return
+        wait_s, left_s = self._ahead(tenant) / self._rate, deadline - self._clock()
+        if wait_s > self._max_wait_s or 0 < left_s < wait_s:
+            raise QueueFull(
+                "What goes before this call takes longer than its deadline allows, or than anybody is to wait here.",
+                retry_after_s=self.retry_after_s(),
+            )
+
+    def _ahead(self, tenant: str) -> int:
+        """Return about how many images times views go before the next of a tenant: none where nobody is here.
+
+        A batch that is under way, the tenant's own, and as many of each other tenant, since they take turns, and one.
+        """
+        own = self._taken[tenant]
+        others = len(self._taken) - (tenant in self._taken)
+        return min(self.taken, self._batch_images + own + others * (own + 1))
 
     def _share(self, tenant: str) -> int:
         """Return how much of the queue a tenant may hold: beside others no more than each, and one who may come."""
@@ -234,13 +289,17 @@ class Batcher:
 
     def _take(self, tenant: str, images: int) -> None:
         self._taken[tenant] += images
+        self._all_taken += images
         if not self._taken[tenant]:
             del self._taken[tenant]
+        if not self.taken:
+            self._busy_since = None
         self.metrics.inflight_images.set(self.taken)
 
-    def _count_waiting(self) -> None:
-        self.metrics.queue_images.set(sum(len(item.pixels) for item in self._waiting))
-        if self._waiting:
+    def _count_waiting(self, more: int) -> None:
+        self._waiting_images += more
+        self.metrics.queue_images.set(self._waiting_images)
+        if self._waiting_images:
             self._quiet.clear()
         else:
             self._quiet.set()

@@ -65,7 +65,7 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
         raise LimitExceeded(f"{call.views} views were asked for; at most {rooms.settings.max_views} are allowed.")
     laps: list[list[Lap]] = [[] for _ in call.images]
     images = len(call.images) * call.views
-    with rooms.batcher.admit(images, tenant=call.tenant):
+    with rooms.batcher.admit(images, tenant=call.tenant, deadline=call.deadline):
         await _check_tenant(rooms, call.tenant)
         async with rooms.quotas.admit(call.tenant, images):
             walks = [partial(_encode, rooms, call, *one) for one in zip(call.images, laps, strict=True)]

@@ -143,7 +143,7 @@ PROBLEMS: dict[str, ProblemType] = {
     "queue-full": _type(
         503,
         "The server is full",
-        "More images are waiting than the server takes in.",
+        "More images are waiting than the server takes in, or than it can answer soon.",
         "Wait for `Retry-After` seconds and send again.",
     ),
     "draining": _type(
@@ -303,7 +303,7 @@ class RateLimited(ServiceError):
 
 
 class QueueFull(ServiceError):
-    """More images wait than the server takes in."""
+    """More images wait than the server takes in, or longer than they may."""
 
     slug = "queue-full"
 

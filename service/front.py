@@ -98,6 +98,9 @@ class Lodge:
         """Return when to come again."""
         return RETRY_S
 
+    def knock(self, *, tenant: str, deadline: float) -> None:
+        """Let every call be read: the worker process says whether there is room, before anything is decoded."""
+
 
 class Front:
     """The web application of an HTTP process, as ASGI has it; `/metrics` shows what is in the registry `shown`."""

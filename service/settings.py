@@ -157,6 +157,12 @@ class Settings(BaseSettings):
         0, ge=0, description="images times views an encode batch; 0: 32, and 8 on a CPU, which is no faster with more"
     )
     batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
+    max_wait_ms: float = Field(
+        10_000.0,
+        ge=0,
+        description="expected wait in the queue, by its length and the measured rate, above which a call is refused "
+        "with `queue-full`; 0: only the queue's length counts",
+    )
     decode_workers: PositiveInt = Field(min(8, os.cpu_count() or 1), description="threads that decode images")
     deadline_ms: PositiveFloat = Field(30_000.0, description="time for a call without `X-Deadline-Ms`")
     max_connections: PositiveInt = Field(1000, description="open connections")

@@ -88,6 +88,8 @@ async def post_classify(request: Request) -> Response:
     asked_in = parsed(CallHeaders, "header", request.headers)
     tenant, key = tenant_of(request, asked_in.tenant, asked.tenant), asked_in.key
     deadline = deadline_of(asked_in.deadline_ms, rooms)
+    if key is None:  # the answer to a retry may be at hand
+        rooms.batcher.knock(tenant=tenant, deadline=deadline)
     images = await read_images(request, rooms.settings)
     call = ClassifyCall(
         tenant=tenant,

@@ -131,6 +131,8 @@ async def post_shots(
     key: KeyDep = None,
 ) -> Response:
     """Store labelled images; one that fails carries its own problem, and the others are stored at once."""
+    if key is None:  # the answer to a retry may be at hand
+        rooms.batcher.knock(tenant=tenant, deadline=deadline)
     upload = await read_shots(request, rooms.settings)
     return await unless_gone(request, _store(rooms, ledger, tenant, upload, deadline, key))
 

@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Sequence
 
+import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -160,6 +161,67 @@ async def test_a_full_server_refuses_at_once_with_nothing_decoded(build: Build) 
     assert len(await house.predictions(*[picture("blue", seed) for seed in range(4)])) == 4
     assert (await house.metrics())["dmn_inflight_images"] == 0
     assert [one["count"] for one in (await house.memory())["dynamic"]["classes"]] == [3, 0, 4]
+
+
+async def _filled(build: Build, encoder: GatedEncoder) -> tuple[House, asyncio.Task[httpx.Response]]:
+    """Return a house that holds as many images as it takes, and the call that they are of."""
+    house = await build(encoder, queue_images=2, batch_images=2)
+    await house.put()
+    kept = await house.classify(picture("red", 1), headers=KEY)
+    assert kept.status_code == 200
+    encoder.shut()
+    held = asyncio.create_task(house.classify(picture("green", 1), picture("green", 2)))
+    await encoder.reached()
+    return house, held
+
+
+KEY = {"Idempotency-Key": "once"}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"), [("/classify", b"image/png"), ("/memory/static", b"multipart/form-data; boundary=x")]
+)
+async def test_a_full_server_refuses_a_call_before_its_body_has_come(build: Build, path: str, kind: bytes) -> None:
+    encoder = GatedEncoder()
+    house, held = await _filled(build, encoder)
+    call = RawCall(app=house.app, path=path, headers=[(b"content-type", kind)])
+    async with asyncio.timeout(PATIENCE_S):
+        await call.run()
+    assert (call.status, call.told["type"]) == (503, "/problems/queue-full")
+    encoder.gate.set()
+    assert (await soon(held)).status_code == 200
+
+
+async def test_a_full_server_still_tells_the_answer_to_a_retry_that_it_has_kept(build: Build) -> None:
+    encoder = GatedEncoder()
+    house, held = await _filled(build, encoder)
+    again = await soon(house.classify(picture("red", 1), headers=KEY))
+    assert (again.status_code, again.json()["predictions"][0]["learned"]["outcome"]) == (200, "filled")
+    problem(await soon(house.classify(picture("red", 2), headers={"Idempotency-Key": "other"})), "queue-full")
+    encoder.gate.set()
+    assert (await soon(held)).status_code == 200
+
+
+async def test_a_call_that_would_wait_beyond_its_deadline_is_refused_at_once(build: Build) -> None:
+    encoder = GatedEncoder()
+    house = await build(encoder, max_wait_ms=1e9)
+    await house.put()
+    encoder.shut()
+    held = asyncio.create_task(house.classify(picture("green", 1)))
+    await encoder.reached()
+    house.rooms.batcher._rate, house.rooms.batcher._measured = 0.04, 1000
+    for keyed in ({}, KEY):  # one that may be a retry is read first
+        headers = {"X-Deadline-Ms": "24000", **keyed}
+        for answer in (
+            await soon(house.classify(picture("blue"), headers=headers)),
+            await soon(house.upload("blue", picture("blue"), headers=headers)),
+        ):
+            problem(answer, "queue-full")
+            assert int(answer.headers["retry-after"]) == 25
+    fits = asyncio.create_task(house.classify(picture("blue", 1), headers={"X-Deadline-Ms": "26000"}))
+    await _queued(house, 1)
+    encoder.gate.set()
+    assert (await soon(held)).status_code == (await soon(fits)).status_code == 200
 
 
 async def test_images_of_many_calls_and_tenants_are_encoded_together(build: Build) -> None:

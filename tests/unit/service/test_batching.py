@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
@@ -69,7 +70,15 @@ class Device:
 class Shuttle:
     """A batcher over a device, with a clock that stands still until it is told."""
 
-    def __init__(self, *, batch: int = 4, queue: int = 64, tenant_images: int = 64, wait_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        batch: int = 4,
+        queue: int = 64,
+        tenant_images: int = 64,
+        wait_s: float = 0.0,
+        max_wait_s: float = 0.0,
+    ) -> None:
         self.now = 0.0
         self.device, self.worker = Device(), Worker()
         self.encode: Callable[[Tensor], Tensor] = self.device
@@ -83,6 +92,7 @@ class Shuttle:
             queue_images=queue,
             tenant_images=tenant_images,
             wait_s=wait_s,
+            max_wait_s=max_wait_s,
         )
 
     def send(self, value: int, views: int = 1, deadline: float = 1e9, tenant: str = "a") -> asyncio.Task[Tensor]:
@@ -93,6 +103,17 @@ class Shuttle:
         tasks = [self.send(value) for value in values]
         await settle()
         return tasks
+
+    async def work_at(self, rate: float) -> None:
+        """Encode a few batches, so many images times views a second: so often that the rate is known."""
+
+        def slow(pixels: Tensor) -> Tensor:
+            self.now += len(pixels) / rate
+            return encode(pixels)
+
+        self.encode = slow
+        for _ in range(5):
+            await answers(self.send(1, views=8))
 
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.encode(pixels)
@@ -481,6 +502,125 @@ async def test_the_time_to_come_back_is_what_is_in_the_server_over_the_measured_
     with shuttle.batcher.admit(36, tenant="a"):
         assert shuttle.batcher.retry_after_s() == 20.0, "0.8 of two a second, and 0.2 of one a second"
     await shuttle.aclose()
+
+
+# Admission by expected wait -------------------------------------------------------------------------------------------
+
+
+async def patient(*, rate: float = 2.0, max_wait_s: float = 10.0, batch: int = 8, tenant_images: int = 500) -> Shuttle:
+    """Return a batcher that knows its rate, with room for a thousand images."""
+    shuttle = Shuttle(batch=batch, queue=1000, tenant_images=tenant_images, max_wait_s=max_wait_s)
+    shuttle.batcher.start()
+    await shuttle.work_at(rate)
+    return shuttle
+
+
+def let_in(shuttle: Shuttle, images: int = 1, *, tenant: str = "a", deadline: float = math.inf) -> bool:
+    """Return whether images are taken in."""
+    try:
+        with shuttle.batcher.admit(images, tenant=tenant, deadline=deadline):
+            return True
+    except QueueFull:
+        return False
+
+
+async def test_a_call_is_refused_while_what_goes_before_it_takes_longer_than_anybody_is_to_wait() -> None:
+    shuttle = await patient()
+    with shuttle.batcher.admit(19, tenant="a"):
+        assert let_in(shuttle, 100)
+        with shuttle.batcher.admit(2, tenant="a"):
+            with pytest.raises(QueueFull) as refused, shuttle.batcher.admit(1, tenant="a"):
+                pass
+            assert refused.value.retry_after_s == 11.0
+        assert let_in(shuttle)
+    await shuttle.aclose()
+
+
+async def test_an_empty_server_takes_any_call_however_slow_it_is() -> None:
+    shuttle = await patient(rate=0.001, max_wait_s=0.001)
+    assert let_in(shuttle, 500)
+    assert let_in(shuttle, deadline=shuttle.now + 0.001)
+    with shuttle.batcher.admit(1, tenant="a"):
+        assert not let_in(shuttle)
+    await shuttle.aclose()
+
+
+@pytest.mark.parametrize(("batches", "taken"), [(4, True), (5, False)])
+async def test_before_a_rate_is_known_only_the_length_of_the_queue_counts(batches: int, *, taken: bool) -> None:
+    shuttle = Shuttle(max_wait_s=1.0)
+    shuttle.batcher.start()
+    for _ in range(batches):
+        first = await hold(shuttle)
+        shuttle.now += 100.0
+        shuttle.device.gate.set()
+        await answers(first)
+    with shuttle.batcher.admit(10, tenant="a"):
+        assert let_in(shuttle) is taken
+    await shuttle.aclose()
+
+
+async def test_with_no_limit_of_the_wait_only_the_length_of_the_queue_counts() -> None:
+    shuttle = await patient(rate=0.001, max_wait_s=0.0)
+    with shuttle.batcher.admit(400, tenant="a"):
+        assert let_in(shuttle)
+        assert let_in(shuttle, deadline=shuttle.now + 1.0)
+    await shuttle.aclose()
+
+
+@pytest.mark.parametrize(("left_s", "taken"), [(3.9, False), (4.1, True), (0.0, True), (-1.0, True)])
+async def test_a_call_that_would_be_late_anyway_is_refused_at_once(left_s: float, *, taken: bool) -> None:
+    """One whose time is up already is not: it is told what that is, a deadline that has passed."""
+    shuttle = await patient()
+    with shuttle.batcher.admit(8, tenant="a"):
+        assert let_in(shuttle, deadline=shuttle.now + left_s) is taken
+    await shuttle.aclose()
+
+
+async def test_a_flood_of_one_tenant_costs_no_other_its_room() -> None:
+    """A tenant waits for the batch under way, and for one image of each other for each of its own."""
+    shuttle = await patient()
+    with ExitStack() as held:
+        held.enter_context(shuttle.batcher.admit(100, tenant="flood"))
+        assert not let_in(shuttle, tenant="flood")
+        for own in range(6):
+            assert 8 + own + (own + 1) <= 20
+            held.enter_context(shuttle.batcher.admit(1, tenant="b"))
+        assert not let_in(shuttle, tenant="b")
+        assert let_in(shuttle, tenant="c")
+    await shuttle.aclose()
+
+
+async def test_the_rate_counts_what_holds_images_up_between_batches() -> None:
+    """As slow decoding does, or readouts; but not that nobody was there."""
+    shuttle = await patient(rate=1000.0, max_wait_s=0.0)
+    with shuttle.batcher.admit(40, tenant="a"):
+        for _ in range(60):
+            shuttle.now += 4.0
+            await answers(shuttle.send(1, views=8))
+        assert shuttle.batcher.retry_after_s() == pytest.approx(20, abs=1), "8 images in four seconds"
+    shuttle.now += 1000.0
+    with shuttle.batcher.admit(40, tenant="a"):
+        await answers(shuttle.send(1, views=8))
+        assert shuttle.batcher.retry_after_s() == 1.0, "a fifth of a thousand a second"
+    await shuttle.aclose()
+
+
+async def test_who_knocks_is_told_what_one_image_would_be() -> None:
+    shuttle = await patient()
+    shuttle.batcher.knock(tenant="a", deadline=math.inf)
+    with shuttle.batcher.admit(21, tenant="a"):
+        with pytest.raises(QueueFull):
+            shuttle.batcher.knock(tenant="a", deadline=math.inf)
+        shuttle.batcher.knock(tenant="b", deadline=math.inf)
+        with pytest.raises(QueueFull):
+            shuttle.batcher.knock(tenant="b", deadline=shuttle.now + 1.0)
+        shuttle.batcher.leaving = True
+        shuttle.batcher.knock(tenant="a", deadline=math.inf)
+    assert shuttle.batcher.taken == 0
+    await shuttle.aclose()
+
+
+# What is counted ------------------------------------------------------------------------------------------------------
 
 
 async def test_the_queue_counts_images_that_wait_and_none_that_are_at_work(shuttle: Shuttle) -> None:
