@@ -30,13 +30,14 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m tests.bench.bench_processes
 	$(BIN)/python -m tests.bench.bench_encoder
 
-# Long runs: workers that converge, processes that are killed, a cluster that loses nodes,
-# and one whose memories come and go.
+# Long runs: workers that converge, processes that are killed, a cluster that loses nodes, one whose memories come and
+# go, and one that is asked ten times what it can do.
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak/convergence.py
 	$(BIN)/python tests/soak/kills.py
 	$(BIN)/python tests/soak/cluster.py
 	$(BIN)/python -m tests.soak.memory
+	$(BIN)/python -m tests.soak.overload
 
 clean:
 	rm -rf $(VENV)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -56,6 +57,16 @@ class FakeEncoder:
             if word in text:
                 feature[:3] += torch.tensor(colour) / 255 - 0.3
         return unit(feature)
+
+
+class PacedEncoder(FakeEncoder):
+    """Takes its time, as a small model on a CPU does: so many seconds an image."""
+
+    seconds = 0.05
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        time.sleep(self.seconds * len(pixels))
+        return super().encode_images(pixels)
 
 
 def picture(colour: str = "red", seed: int = 0, *, form: str = "PNG", size: tuple[int, int] = (48, 40)) -> bytes:

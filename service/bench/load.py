@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
@@ -63,6 +63,15 @@ class Offered:
         return len(answered) / max(seconds, *answered) if answered else 0.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """What a call was answered: its status, 0 for no answer, its headers by their names in lower case, and its body."""
+
+    status: int
+    headers: Mapping[bytes, bytes]
+    body: bytes
+
+
 class Client:
     """Posts images over connections that are kept open: a few lines of HTTP/1.1, so that the client costs little."""
 
@@ -83,24 +92,25 @@ class Client:
         await asyncio.gather(*(writer.wait_closed() for _reader, writer in self._idle), return_exceptions=True)
 
     async def post(self, body: bytes, **headers: str) -> int:
-        """Return the status that the service answers, once its answer is read; 0 for none.
+        """Return the status that the service answers, once its answer is read; 0 for none. See `ask`."""
+        return (await self.ask(body, **headers)).status
 
-        Headers of this call alone are named with underscores.
-        """
+    async def ask(self, body: bytes, **headers: str) -> Answer:
+        """Return what the service answers; headers of this call alone are named with underscores."""
         more = b"".join(f"{name.replace('_', '-')}: {value}\r\n".encode() for name, value in headers.items())
         try:
             async with asyncio.timeout(_PATIENCE_S):
-                return await self._post(body, more)
+                return await self._ask(body, more)
         except (OSError, EOFError, TimeoutError):
-            return _NO_ANSWER
+            return Answer(status=_NO_ANSWER, headers={}, body=b"")
 
-    async def _post(self, body: bytes, more: bytes) -> int:
+    async def _ask(self, body: bytes, more: bytes) -> Answer:
         reader, writer = await self._connection()
         try:
             writer.write(b"%b\r\n%bContent-Length: %d\r\n\r\n%b" % (self._head, more, len(body), body))
             head = await reader.readuntil(b"\r\n\r\n")
             fields = dict(_fields(head))
-            await reader.readexactly(int(fields.get(b"content-length", 0)))
+            told = await reader.readexactly(int(fields.get(b"content-length", 0)))
         except BaseException:
             writer.close()
             raise
@@ -108,7 +118,7 @@ class Client:
             writer.close()
         else:
             self._idle.append((reader, writer))
-        return int(head.split(b" ", 2)[1])
+        return Answer(status=int(head.split(b" ", 2)[1]), headers=fields, body=told)
 
     async def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Return a connection that is kept open, or a new one; servers close those that are idle for long."""
