@@ -11,6 +11,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from enum import StrEnum
@@ -131,6 +132,8 @@ def serve(
         http_workers=http_workers,
     )
     logs.set_up(settings.log_level, settings.log_format)
+    # In a container this is process 1, which signals that nobody handles do not end; loading takes its time.
+    signal.signal(signal.SIGTERM, _leave)
     if settings.http_workers:
         from .steward import keep  # noqa: PLC0415 - it does without torch, whose import takes seconds
 
@@ -585,6 +588,12 @@ def _shown(name: str, value: object) -> object:
     if isinstance(value, dict):
         return {key: one.model_dump(exclude_none=True) for key, one in value.items()}
     return str(value) if isinstance(value, Path) else value
+
+
+def _leave(number: int, _frame: object) -> NoReturn:
+    """End in order, as a signal asks for before the door is open; from then on the door listens to it."""
+    signal.signal(number, signal.SIG_IGN)  # once is enough: nothing may break off what ends
+    sys.exit(128 + number)
 
 
 def _print_json(value: object) -> None:
