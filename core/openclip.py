@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import tempfile
 import urllib.error
 import urllib.request
@@ -175,6 +176,10 @@ def _pretrained(name: str) -> tuple[str, Any, Any]:
     architecture, tag, file = _parse(name)
     settings = _tag_settings(name, architecture, tag) if tag else {}
     checkpoint = _local_file(name, file) if file else _download(name, settings)
+    if not os.access(checkpoint, os.R_OK):
+        raise EncoderUnavailable(
+            f"{name} was asked for, but the user that this runs as may not read {checkpoint}; change who may."
+        )
     quick = bool(settings.get("quick_gelu", False))
     try:
         model = open_clip.create_model(

@@ -1,4 +1,4 @@
-"""The command line: `dmn serve`, `classify`, `evaluate`, `train`, `replay`, `memory`, `keys`, `bench`, `config`.
+"""The command line, `dmn`: serve, classify, evaluate, train, replay, memory, keys, bench, encoder, config.
 
 Settings are made here, once.
 """
@@ -475,6 +475,26 @@ def revoke_key(
         _print_json({"id": id_, "revoked": True})
     else:
         out.print(f"The key {id_} is revoked.", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def encoder(
+    encoder: EncoderOption = None,
+    encoder_backend: BackendOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,  # noqa: FBT002
+) -> None:
+    """Load an encoder, which fetches its weights where they are not yet, and say what it is."""
+    from . import offline  # noqa: PLC0415 - as in serve
+
+    settings = _quiet(_settings(encoder=encoder, encoder_backend=encoder_backend, device=device))
+    told = offline.loaded_encoder(settings, err)
+    if as_json:
+        _print_json(told)
+    else:
+        out.print(
+            "\n".join(f"{name}: {value}" for name, value in told.items()), highlight=False, markup=False, soft_wrap=True
+        )
 
 
 @app.command()

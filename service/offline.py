@@ -53,6 +53,23 @@ class Answer:
         return {"label": top[0]["label"] if top else None, "top": top, "error": self.error}
 
 
+def loaded_encoder(settings: Settings, console: Console) -> dict[str, object]:
+    """Return what an encoder is, once it is loaded.
+
+    Raises:
+        EncoderUnavailable: it cannot be had.
+    """
+    with _progress(console) as progress:
+        encoder = _loaded(settings, progress)
+    return {
+        "encoder": encoder.name,
+        "fingerprint": encoder.fingerprint,
+        **encoder.origin,
+        "logit scale": round(encoder.logit_scale, 4),
+        "device": str(encoder.device),
+    }
+
+
 async def classify_files(
     settings: Settings, paths: Sequence[Path], names: Sequence[str], console: Console
 ) -> list[tuple[Path, Answer]]:

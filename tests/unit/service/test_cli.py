@@ -26,7 +26,7 @@ from service.settings import Settings
 from tests.fakes import COLOURS, FakeEncoder, picture
 from tests.servers import BINARIES, server
 
-COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "keys", "bench", "config")
+COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "keys", "bench", "encoder", "config")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,12 @@ def test_every_command_explains_itself(run: Run, command: str) -> None:
     assert ran.status == 0
     assert f"dmn {command}" in ran.out
     assert not ran.err
+
+
+def test_an_encoder_is_loaded_and_told_of(run: Run) -> None:
+    told = run("encoder", "--json").json
+    assert {"encoder": "fake", "fingerprint": "fake-1", "device": "cpu"}.items() <= told.items()
+    assert run("encoder").out.splitlines()[:2] == ["encoder: fake", "fingerprint: fake-1"]
 
 
 def test_dmn_alone_lists_its_commands(run: Run) -> None:
