@@ -37,6 +37,9 @@ LOCKS = {file.stem: file for file in (DOCKER / "requirements").glob("*.txt")}
 EXTRAS = {"cpu": ("lite", "embedded", "cpu", "otel"), "cuda": ("lite", "embedded", "otel")}
 TORCH = ("torch", "torchvision")
 PATIENCE_S = 180.0
+FETCH_S = 600.0
+"""How long 300 MB of wheels may take to come."""
+
 KEY = "an-operators-key-for-tests"
 
 
@@ -137,8 +140,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of all wheels that the lock names, and of two that say where torch is."""
     folder = tmp_path_factory.mktemp("house")
     lists = [part for name in ("build", "cpu") for part in ("-r", str(LOCKS[name]))]
-    fetch = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--only-binary=:all:")
-    subprocess.run([*fetch, "--dest", str(folder), *lists], check=True)
+    fetch = (sys.executable, "-m", "pip", "download", "--quiet", "--timeout=30", "--no-deps", "--require-hashes")
+    subprocess.run([*fetch, "--only-binary=:all:", "--dest", str(folder), *lists], check=True, timeout=FETCH_S)
     for name, version in pins("torch").items():
         with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
             info = f"{name}-{version}.dist-info"
