@@ -131,6 +131,8 @@ def serve(
         devices=devices,
         http_workers=http_workers,
     )
+    if settings.auth == "keys":
+        operator_key_of(settings)  # before anything that takes its time
     logs.set_up(settings.log_level, settings.log_format)
     # In a container this is process 1, which signals that nobody handles do not end; loading takes its time.
     signal.signal(signal.SIGTERM, _leave)
