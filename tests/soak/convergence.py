@@ -134,10 +134,10 @@ async def run(options: Options) -> Report:
             told = await asyncio.gather(*(own.do("work", phase=phase, worker=i) for i, own in enumerate(workers)))
             _note(report, reference, phase, told)
             await _compare(report, reference, phase, workers)
+            report.ties += reference.ties()
         report.seconds = time.perf_counter() - start
         report.repairs = sum([await own.do("counted", name="dmn_memory_repairs_total") for own in workers])
         report.pushes = _script_calls(running.url)
-    report.ties = reference.ties()
     return report
 
 
