@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -100,7 +99,7 @@ async def post_classify(request: Request) -> Response:
         deadline=deadline,
         top_k=asked.top_k,
     )
-    digest = await digest_if(key, ("classify", str(asked), *_contents(images)))
+    digest = await digest_if(key, lambda: ("classify", str(asked), *_contents(images)))
     answer: Answer = request.app.state.answer
     return await unless_gone(request, answer(call, key, digest))
 
@@ -150,7 +149,7 @@ def _prediction(reading: Reading) -> PredictionOut:
             static=None if reading.static is None else _score(reading.static),
             statistics=None if reading.statistics is None else _score(reading.statistics),
         ),
-        learned=LearnedOut(**asdict(reading.learned)),
+        learned=LearnedOut.model_validate(reading.learned, from_attributes=True),
         explain=None if reading.explanation is None else _explained(reading.explanation),
         error=None,
     )

@@ -133,9 +133,9 @@ def is_final(results: Iterable[object]) -> bool:
     return all(PROBLEMS[fault.slug].status < _OUR_FAULT for fault in faults)
 
 
-async def digest_if(key: str | None, parts: Iterable[bytes | str]) -> str:
+async def digest_if(key: str | None, parts: Callable[[], Iterable[bytes | str]]) -> str:
     """Return the digest of a request that has a key; of bodies too large to hash on the event loop."""
-    return "" if key is None else await asyncio.to_thread(digest_of, parts)
+    return "" if key is None else await asyncio.to_thread(digest_of, parts())
 
 
 def response_of(answer: Remembered, headers: dict[str, str] | None = None) -> Response:
@@ -180,13 +180,23 @@ def cursor_key(cursor: str) -> str:
 
 async def unless_gone(request: Request, work: Coroutine[object, object, Response]) -> Response:
     """Return the work's answer, or drop the work as soon as the client leaves. The body must have been read."""
-    task = asyncio.create_task(work)
+    own, left = asyncio.current_task(), False
+
+    def leave(gone: asyncio.Task[None]) -> None:
+        nonlocal left
+        if own is not None and not gone.cancelled() and gone.exception() is None:
+            left = own.cancel()
+
     gone = asyncio.create_task(_disconnected(request.receive))
+    gone.add_done_callback(leave)
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response(status_code=GONE)
+        return await work
+    except asyncio.CancelledError:
+        if left and own is not None and not own.uncancel():
+            return Response(status_code=GONE)
+        raise  # somebody else wants this call to end
     finally:
-        task.cancel()
+        gone.remove_done_callback(leave)
         gone.cancel()
 
 

@@ -181,7 +181,7 @@ async def _store(
         for one in upload.labelled
     ]
     contents = (part for one in labelled for part in (one.label, one.image if isinstance(one.image, bytes) else b""))
-    digest = await digest_if(key, ("shots", *contents))
+    digest = await digest_if(key, lambda: ("shots", *contents))
 
     async def once() -> Remembered:
         add = partial(adapt.add_shots, tenant=tenant, labelled=labelled, deadline=deadline, bounded=not upload.zipped)
