@@ -29,6 +29,9 @@ TENANT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 DEFAULT_TENANT = "default"
 """The tenant of callers that name none; it always exists, at first without classes."""
 
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Those that this process may use; a machine may have more."""
+
 _STORE_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 
 
@@ -163,7 +166,7 @@ class Settings(BaseSettings):
         description="expected wait in the queue, by its length and the measured rate, above which a call is refused "
         "with `queue-full`; 0: only the queue's length counts",
     )
-    decode_workers: PositiveInt = Field(min(8, os.cpu_count() or 1), description="threads that decode images")
+    decode_workers: PositiveInt = Field(min(8, _CORES), description="threads that decode images")
     deadline_ms: PositiveFloat = Field(30_000.0, description="time for a call without `X-Deadline-Ms`")
     max_connections: PositiveInt = Field(1000, description="open connections")
     max_header_bytes: PositiveInt = Field(65_536, description="bytes of a request's URL and headers")
