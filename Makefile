@@ -31,13 +31,15 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m tests.bench.bench_encoder
 
 # Long runs: workers that converge, processes that are killed, a cluster that loses nodes, one whose memories come and
-# go, and one that is asked ten times what it can do.
+# go, one that is asked ten times what it can do, and instances that are restarted in turn.
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak/convergence.py
 	$(BIN)/python tests/soak/kills.py
 	$(BIN)/python tests/soak/cluster.py
 	$(BIN)/python -m tests.soak.memory
 	$(BIN)/python -m tests.soak.overload
+	$(BIN)/python -m tests.soak.rolling
+	$(BIN)/python -m tests.soak.rolling --instances 3 --cluster
 
 clean:
 	rm -rf $(VENV)

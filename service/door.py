@@ -29,10 +29,9 @@ _LAST_WORDS_S = 0.25
 
 
 class Gate(Protocol):
-    """Who is told that the door closes: at first readiness goes off, then nothing new is let in."""
+    """Who is told that the door will close, and readiness is off; whoever comes before it does is answered."""
 
     leaving: bool
-    draining: bool
 
     @property
     def metrics(self) -> Metrics:
@@ -115,8 +114,8 @@ class Door(uvicorn.Server):
         asyncio.get_running_loop().call_later(self._delay_s, self.close)
 
     def close(self) -> None:
-        """Let nobody in any more; who is inside is served to the end."""
-        self._gate.leaving = self._gate.draining = True
+        """Let nobody in any more; who is inside is served to the end, also who is still about to say what it wants."""
+        self._gate.leaving = True
         self.should_exit = True
 
 

@@ -87,7 +87,7 @@ class Lodge:
 
     def __init__(self, settings: Settings, metrics: Metrics, traces: Spans | None, clock: Callable[[], float]) -> None:
         self.settings, self.metrics, self.traces, self.clock = settings, metrics, traces, clock
-        self.leaving = self.draining = False
+        self.leaving = False
 
     @property
     def batcher(self) -> Lodge:

@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(
         256 * MIB, ge=0, description="free bytes on the embedded store's disk, below which nothing is added to memories"
     )
-    drain_delay_s: float = Field(1.0, ge=0, description="between readiness going off and refusing new work")
+    drain_delay_s: float = Field(1.0, ge=0, description="between readiness going off and letting nobody in")
     drain_timeout_s: PositiveFloat = Field(30.0, description="time for work in flight to finish when stopping")
 
     hot_memory_bytes: PositiveInt = Field(1024 * MIB, description="memories kept ready to be read, all tenants")

@@ -200,7 +200,7 @@ def _nodes(launch: Callable[[Path, Sequence[int]], list[Node]], ports: int) -> I
     """Run servers that `launch` makes of a folder and so many free ports; others may take a port first: try again."""
     with ExitStack() as stack:
         for last in [False] * (_LAUNCHES - 1) + [True]:
-            nodes = launch(stack.enter_context(_folder()), _free_ports(ports))
+            nodes = launch(stack.enter_context(_folder()), free_ports(ports))
             stack.callback(_end, nodes)
             try:
                 for node in nodes:
@@ -219,7 +219,7 @@ def _end(nodes: Sequence[Node]) -> None:
         node.kill()
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports that nobody listens on now."""
     found: list[int] = []
     with ExitStack() as stack:

@@ -86,6 +86,15 @@ def waiting_images(url: str) -> float:
     return float(found[1])
 
 
+def lets_in(url: str) -> bool:
+    """Return whether somebody listens there."""
+    try:
+        socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
 def readiness(url: str) -> int:
     with client(url) as own:
         return own.get("/readyz").status_code
@@ -167,6 +176,24 @@ def test_what_is_in_flight_when_the_doors_close_is_answered_all_the_same(number:
         assert "Traceback" not in "".join(command.err)
     with pytest.raises(httpx.ConnectError), client(url) as own:
         own.get("/livez")
+
+
+def test_a_picture_that_is_on_its_way_when_the_doors_close_is_answered_all_the_same() -> None:
+    """Half of a body was sent before the service was told to stop, the other half comes when nobody is let in."""
+    data = picture("red")
+    head = f"POST /classify HTTP/1.1\r\nHost: here\r\nContent-Type: image/png\r\nContent-Length: {len(data)}\r\n\r\n"
+    with serve("fake", DMN_DRAIN_DELAY_S="0.1") as command:
+        url = command.url()
+        configure(url)
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=PATIENCE_S) as caller:
+            caller.sendall(head.encode() + data[: len(data) // 2])
+            command.signal(signal.SIGTERM)
+            until(lambda: not lets_in(url))
+            caller.sendall(data[len(data) // 2 :])
+            told = b"".join(iter(lambda: caller.recv(1 << 16), b""))
+        assert told.startswith(b"HTTP/1.1 200 "), told
+        assert b"connection: close" in told
+        assert command.ended() == 0
 
 
 def test_told_twice_to_stop_it_does_not_linger() -> None:

@@ -419,7 +419,7 @@ def secured(folder: Path, *more: str) -> Iterator[Secured]:
     make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     made = ["-keyout", str(key), "-out", str(certificate), "-subj", "/CN=store", "-addext", f"subjectAltName=IP:{HOST}"]
     subprocess.run([*make, *made], check=True, capture_output=True, timeout=PATIENCE_S)
-    (port,) = servers._free_ports(1)
+    (port,) = servers.free_ports(1)
     files = ("--tls-cert-file", certificate, "--tls-key-file", key, "--tls-ca-cert-file", certificate)
     with server(str(binary), "--tls-port", str(port), "--tls-auth-clients", "no", *map(str, files), *more):
         yield Secured(address=f"{HOST}:{port}", certificate=certificate, key=key)
