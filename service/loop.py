@@ -1,28 +1,32 @@
-"""The event loop of a process that serves, and its heaps: Python's, and that of the C library beneath it."""
+"""The event loop of a process that serves, and what a process has to settle before it does."""
 
 from __future__ import annotations
 
-import ctypes
+import asyncio
 import gc
 import resource
 from collections.abc import Coroutine
-from contextlib import suppress
 from typing import TypeVar
 
 import uvloop
 
-T = TypeVar("T")
+from .heap import Heap, keep_tidy
 
-_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
-_MALLOC = {_ARENA_MAX: 1, _MMAP_THRESHOLD: 256 << 20, _TRIM_THRESHOLD: 512 << 20}
-"""What `mallopt` is told, by the numbers of malloc.h."""
+T = TypeVar("T")
 
 
 def run(work: Coroutine[object, object, T]) -> T:
     """Return what some work returns, on a loop that costs less a call than the standard library's."""
     _allow_files()
-    _keep_memory()
-    return uvloop.run(work)
+    return uvloop.run(_beside_its_heap(work))
+
+
+async def _beside_its_heap(work: Coroutine[object, object, T]) -> T:
+    keeper = asyncio.create_task(keep_tidy(Heap()), name="dmn-heap")
+    try:
+        return await work
+    finally:
+        keeper.cancel()
 
 
 def settle() -> None:
@@ -33,19 +37,6 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
-
-
-def _keep_memory() -> None:
-    """Have glibc keep what an encoder gives back for the next batch, up to half a gigabyte.
-
-    By default it returns tensors of some megabytes to the system, which hands out zeroed pages for them again: on two
-    cores that took more than a fourth of the time of `lite`. All threads share one arena, so it counts for all. Another
-    C library has no such call, and does as it does.
-    """
-    with suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in _MALLOC.items():
-            mallopt(option, value)
 
 
 def _allow_files() -> None:
