@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .errors import PROBLEMS
@@ -72,12 +73,14 @@ class Caller(HttpToolsProtocol):
     """One connection. `due` is the moment of the loop's clock by which it must have moved; infinite where it may not.
 
     What uvicorn does not do: it would wait forever for the rest of a head, for a body that was refused and for an
-    answer to be taken, hold heads of any size, let trailers pass for headers, and take in callers without limit.
+    answer to be taken, hold heads of any size, let trailers pass for headers, take in callers without limit, and read
+    the body of a request that asks for an upgrade as the next request.
     """
 
     def __init__(self, step: Doorstep, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
         self._step, self._patience = step, step.patience
+        self.parser = cast("HttpRequestParser", _Parser(self))
         self.due = math.inf
         self._in_head, self._whole = True, True
         self._beside = self._body = 0
@@ -139,15 +142,19 @@ class Caller(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Let the request in.
+        """Let the request in, unless the parser is about to begin it anew.
 
         Raises:
-            ValueError: its head is too large; the parser wraps it, and `send_400_response` answers.
+            ValueError: its head is too large, or nobody knows whom it is for or where it ends; the parser wraps it, and
+                `send_400_response` answers.
         """
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > self._patience.head_bytes:
             self._status = 431
             raise ValueError(size)
+        _check(self.parser, self.headers)
+        if self.parser.should_upgrade():
+            return
         self._in_head, self._body, self.due = False, 0, math.inf
         self._step.waiting.pop(self, None)
         super().on_headers_complete()
@@ -160,6 +167,8 @@ class Caller(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Wait for the next request, which may begin with what is at hand."""
+        if self.parser.should_upgrade():
+            return
         self._in_head = self._whole = True
         self._beside = 0
         super().on_message_complete()
@@ -177,9 +186,6 @@ class Caller(HttpToolsProtocol):
             self._be_due(self._patience.head_s)
         elif not self._answering():
             self._wait()
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """Say nothing: an upgrade that is not offered is ignored, and a caller could fill the log with it."""
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - a problem says it
         """Turn it away."""
@@ -237,6 +243,58 @@ class Caller(HttpToolsProtocol):
 
     def _be_due(self, seconds: float) -> None:
         self.due = self.loop.time() + seconds
+
+
+class _Parser:
+    """The parser of requests, to which an upgrade means nothing: none is offered.
+
+    What it is made of takes a request that asks for one to end with its head, whatever is said of a body; so such a
+    request is begun anew without asking.
+    """
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller, self._own = caller, HttpRequestParser(caller)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def feed_data(self, data: bytes) -> None:
+        """Parse what has come.
+
+        Raises:
+            HttpParserError: it is no HTTP.
+        """
+        while data:
+            try:
+                self._own.feed_data(data)
+            except HttpParserUpgrade as asked:
+                data = self._head_without_upgrade() + data[asked.args[0] :]
+                self._own = HttpRequestParser(self._caller)
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        first = b"%s %s HTTP/%s" % (self.get_method(), self._caller.url, self.get_http_version().encode())
+        rest = (b"%s: %s" % (name, value) for name, value in self._caller.headers if name != b"upgrade")
+        return b"\r\n".join((first, *rest, b"\r\n"))
+
+
+def _check(parser: HttpRequestParser, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    """Return if two servers in a row could not read a head differently (RFC 9112, 3.2 and 6.1).
+
+    Raises:
+        ValueError: it names no host, or several; its body is coded in a way that is not undone here; it asks for a
+            tunnel.
+    """
+    old = parser.get_http_version() == "1.0"
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) != 1 and (hosts or not old):
+        raise ValueError(hosts)
+    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    if codings and (codings != [b"chunked"] or old):
+        raise ValueError(codings)
+    if parser.get_method() == b"CONNECT":
+        raise ValueError(parser.get_method())
 
 
 def refusal(status: int) -> bytes:

@@ -315,8 +315,14 @@ async def test_a_trailer_is_no_header() -> None:
         b"POST /classify HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n",
         b"POST /classify HTTP/1.1\r\nTransfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n",
         b"POST /classify HTTP/1.1\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST /classify HTTP/1.0\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n",
     ],
-    ids=range(17),
+    ids=range(23),
 )
 async def test_what_is_no_proper_request_is_refused_as_a_problem_and_hung_up_on(said: bytes) -> None:
     """Whatever two servers in a row could read differently is read by none of them."""
@@ -361,6 +367,38 @@ async def test_an_upgrade_that_is_not_offered_is_ignored(upgrade: str, caplog: p
         await line.say(GET[:-2] + more.encode())
         assert await line.status() == 200
     assert not caplog.records
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "head and body apart"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_the_body_of_a_request_that_asks_for_an_upgrade_is_its_body_and_no_request(
+    *, apart: bool, chunked: bool
+) -> None:
+    """A caller behind a balancer would else have a second request answered, in somebody else's name."""
+    asking, inner = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n", GET
+    for body in (picture("red"), inner):
+        told = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+        framing = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(body)}"
+        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n{asking}{framing}\r\n\r\n".encode()
+        async with at_door() as visit:
+            line = await visit.call()
+            if apart:
+                await line.say(head)
+                await visit.stand(1)
+                await until(lambda door=visit.door: not door._step.waiting)  # type: ignore[misc]
+                await line.say(told + GET.replace(b"livez", b"version"))
+            else:
+                await line.say(head + told + GET.replace(b"livez", b"version"))
+            assert await line.status() == (422 if body is inner else 200)
+            assert b"fingerprint" in (await line.answer())[2]
+
+
+async def test_any_number_of_requests_that_ask_for_an_upgrade_are_answered_one_by_one() -> None:
+    many = 300
+    async with at_door() as visit:
+        line = await visit.call()
+        await line.say((GET[:-2] + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n") * many)
+        assert [await line.status() for _ in range(many)] == [200] * many
 
 
 # Places ---------------------------------------------------------------------------------------------------------------
