@@ -291,7 +291,7 @@ def _rooms(
         encoder=encoder,
         worker=worker,
         reader=reader,
-        darkroom=Darkroom(encoder.preprocess, limits, threads=settings.decode_workers),
+        darkroom=Darkroom(encoder.preprocess, limits, threads=settings.decode_workers, room=settings.decode_bytes),
         batcher=batcher,
         quotas=Quotas(store, settings, clock),
         texts=texts,

@@ -194,7 +194,8 @@ class Front:
                 max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
             )
             threads = math.ceil(settings.decode_workers / settings.http_workers)
-            self._darkroom = Darkroom(how, limits, threads=threads)
+            room = settings.decode_bytes // settings.http_workers
+            self._darkroom = Darkroom(how, limits, threads=threads, room=room)
             self._met.set()
 
     async def _develop(self, image: Image, tenant: str, views: int) -> Developed:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -78,12 +79,20 @@ class ImageTooLarge(ImageFault):
     status = 413
 
 
+class Heavy(Exception):
+    """Decoding an image takes `cost` bytes of memory, more than it may take now. Nothing was decoded."""
+
+    def __init__(self, cost: int) -> None:
+        super().__init__(cost)
+        self.cost = cost
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageLimits:
     """What an image may be: its size in bytes, its pixels by its header, and its format.
 
-    `formats` are names out of JPEG, PNG, WEBP, GIF, BMP and TIFF. Decoding takes about 4 bytes a pixel, 10 for a
-    progressive JPEG, 16 for a WebP; alpha that is flattened adds 4.
+    `formats` are names out of JPEG, PNG, WEBP, GIF, BMP and TIFF. What decoding takes is told by
+    `_bytes_a_pixel`.
 
     Raises:
         ValueError: a limit is below one, or a format is unknown or none is given.
@@ -108,7 +117,7 @@ class Developed:
     digest: str
 
 
-def develop(data: bytes, *, views: int, how: Preprocess, limits: ImageLimits) -> Developed:
+def develop(data: bytes, *, views: int, how: Preprocess, limits: ImageLimits, room: int = sys.maxsize) -> Developed:
     """Return `views` views of an encoded image (v = views >= 1, s = how.size) and the digest of the first.
 
     The views are seeded from the first one's pixels: the same bytes give the same views, in every process.
@@ -117,8 +126,9 @@ def develop(data: bytes, *, views: int, how: Preprocess, limits: ImageLimits) ->
         UnsupportedMediaType: its format is known and not accepted.
         ImageUnreadable: it is no picture, or a broken one.
         ImageTooLarge: it has more bytes or pixels than allowed.
+        Heavy: decoding it takes more than `room` bytes.
     """
-    image = decode(data, limits)
+    image = decode(data, limits, room)
     first = plain(image, how)
     if views == 1:
         return Developed(pixels=first[None], digest=digest(first))
@@ -126,16 +136,18 @@ def develop(data: bytes, *, views: int, how: Preprocess, limits: ImageLimits) ->
     return Developed(pixels=joined(first, others), digest=digest(first))
 
 
-def cut(data: bytes, *, count: int, seed: int, how: Preprocess, limits: ImageLimits) -> UInt8[Tensor, "v 3 s s"]:
+def cut(
+    data: bytes, *, count: int, seed: int, how: Preprocess, limits: ImageLimits, room: int = sys.maxsize
+) -> UInt8[Tensor, "v 3 s s"]:
     """Return `count` random crops of an encoded image, those of a seed (v = count, s = how.size).
 
     Raises:
-        UnsupportedMediaType, ImageUnreadable, ImageTooLarge: as for `develop`.
+        UnsupportedMediaType, ImageUnreadable, ImageTooLarge, Heavy: as for `develop`.
     """
-    return crops(decode(data, limits), count, how, seed=seed)
+    return crops(decode(data, limits, room), count, how, seed=seed)
 
 
-def decode(data: bytes, limits: ImageLimits) -> Image.Image:
+def decode(data: bytes, limits: ImageLimits, room: int = sys.maxsize) -> Image.Image:
     """Return the first frame of an encoded image as RGB: fully decoded, upright, 8 bits, on white where transparent.
 
     Colour profiles are not applied, as in the preprocessing that the encoders were trained with.
@@ -144,15 +156,20 @@ def decode(data: bytes, limits: ImageLimits) -> Image.Image:
         UnsupportedMediaType: its format is known and not accepted.
         ImageUnreadable: it is no picture, or a broken one.
         ImageTooLarge: it has more bytes or pixels than allowed.
+        Heavy: decoding it takes more than `room` bytes.
     """
     kind = _admitted(data, limits)
     try:
         _refuse_busy(data, kind)
+        if kind == "WEBP":  # its parser takes the memory of two pictures as soon as it sees a file
+            _refuse_large(_webp_size(data), limits)
+            _refuse_heavy(_webp_size(data), _WEBP_BYTES, room)
         with _PARSERS[kind](BytesIO(data)) as image:
             _refuse_large(image.size, limits)
+            _refuse_heavy(image.size, _bytes_a_pixel(image, kind), room)
             image.load()
             return _upright(image)
-    except ImageFault:
+    except (ImageFault, Heavy):
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"{error} Scale the image down before sending it.") from error
@@ -240,6 +257,37 @@ def _refuse_large(size: tuple[int, int], limits: ImageLimits) -> None:
             f"The image has {width} x {height} pixels; the limit is {MAX_SIDE:,} pixels a side."
             " Cut or scale it down before sending it."
         )
+
+
+def _refuse_heavy(size: tuple[int, int], bytes_a_pixel: int, room: int) -> None:
+    if (cost := size[0] * size[1] * bytes_a_pixel) > room:
+        raise Heavy(cost)
+
+
+def _bytes_a_pixel(image: ImageFile, kind: str) -> int:
+    """Return about what decoding takes, converting to upright RGB included."""
+    if kind == "WEBP":
+        return _WEBP_BYTES
+    return 12 if "progressive" in image.info else 8
+
+
+_WEBP_BYTES = 16
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return width and height by the header of a WebP; (0, 0) where there is none that makes sense.
+
+    https://developers.google.com/speed/webp/docs/riff_container, RFC 6386 9.1, and of lossless ones RFC 9649 3.
+    """
+    kind, body = data[12:16], data[20:30]
+    if len(body) < 10:  # noqa: PLR2004 - of the longest of the three
+        return 0, 0
+    if kind == b"VP8X":
+        return int.from_bytes(body[4:7], "little") + 1, int.from_bytes(body[7:10], "little") + 1
+    if kind == b"VP8L":
+        sides = int.from_bytes(body[1:5], "little")
+        return (sides & 0x3FFF) + 1, (sides >> 14 & 0x3FFF) + 1
+    return int.from_bytes(body[6:8], "little") & 0x3FFF, int.from_bytes(body[8:10], "little") & 0x3FFF
 
 
 def _refuse_busy(data: bytes, kind: str) -> None:

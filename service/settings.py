@@ -167,6 +167,9 @@ class Settings(BaseSettings):
         "with `queue-full`; 0: only the queue's length counts",
     )
     decode_workers: PositiveInt = Field(min(8, _CORES), description="threads that decode images")
+    decode_bytes: PositiveInt = Field(
+        1024 * MIB, description="memory that they take together; a single image may take more"
+    )
     deadline_ms: PositiveFloat = Field(30_000.0, description="time for a call without `X-Deadline-Ms`")
     max_connections: PositiveInt = Field(1000, description="open connections")
     max_header_bytes: PositiveInt = Field(65_536, description="bytes of a request's URL and headers")
