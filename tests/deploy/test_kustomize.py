@@ -17,6 +17,7 @@ from cloudcoil.models.istio.networking import v1 as istio
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 
+from service.stores import place
 from service.stores.connection import check, connect
 from tests.deploy.manifests import (
     ADAPTER,
@@ -146,6 +147,12 @@ def test_each_overlay_is_what_its_name_says() -> None:
 
 def test_without_a_store_of_its_own_a_service_is_told_of_one_by_a_secret(name: str) -> None:
     assert (("dmn-store", "url") in secrets(overlay(name))) is (name != "embedded")
+
+
+def test_a_service_may_call_a_store_of_every_kind_at_its_usual_port(name: str) -> None:
+    (policy,) = (one for one in of_kind(overlay(name), "NetworkPolicy") if one["metadata"]["name"] == "dmn")
+    let_out = {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]}
+    assert {port for port in place._PORTS.values() if port} <= let_out
 
 
 # Wrong ones -----------------------------------------------------------------------------------------------------------
