@@ -106,6 +106,11 @@ class Settings(BaseSettings):
         "open", description="`open`: no keys, and the caller names its tenant; `keys`: calls need an API key"
     )
     auth_insecure: bool = Field(default=False, description="allow `open` on an address that others can reach")
+    open_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="with `open`, names with a dot under which callers may reach the service, separated by commas; by "
+        "addresses and other names they may anyway",
+    )
     operator_key: str = Field(
         "", repr=False, description="with `keys`, a key that may do everything; at least 20 characters"
     )
@@ -210,10 +215,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split_lists(cls, values: dict[str, object]) -> dict[str, object]:
         formats, devices = _listed(values.get("image_formats")), _listed(values.get("devices"))
+        hosts = _listed(values.get("open_hosts"))
         if formats is not None:
             values["image_formats"] = tuple(part.upper() for part in formats)
         if devices is not None:
             values["devices"] = devices
+        if hosts is not None:
+            values["open_hosts"] = tuple(host.lower() for host in hosts)
         return values
 
     @field_validator("data_dir", "cache_dir", mode="before")

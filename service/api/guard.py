@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+import re
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -59,7 +60,7 @@ class Guarded(APIRoute):
         async def guarded(request: Request) -> Response:
             gate: Gate | None = request.app.state.gate
             if gate is None:
-                _refuse_other_sites(request.headers)
+                _refuse_other_sites(request.headers, request.app.state.rooms.settings.open_hosts)
             else:
                 await _let_in(request, gate, scope)
             return await handle(request)
@@ -95,18 +96,34 @@ def describe(app: FastAPI, *, keys: bool) -> None:
     app.openapi = described  # type: ignore[method-assign]
 
 
-def _refuse_other_sites(headers: Headers) -> None:
+def _refuse_other_sites(headers: Headers, known: Collection[str]) -> None:
     """Return if no web page of another site sent this: without keys, anybody's page in a browser here could.
 
-    With keys it could not, since a browser asks before it lets a page send an `Authorization` header elsewhere.
+    With keys it could not, since a browser asks before it lets a page send an `Authorization` header elsewhere. Whoever
+    owns a name in the DNS can have it lead here once a page was loaded from it, and then the browser takes both for one
+    site; so names that can be had there have to be `known`.
 
     Raises:
-        Forbidden: one did.
+        Forbidden: one did, or may have.
     """
+    name = _name(headers.get("host", ""))
+    if "." in name and not _ADDRESS.fullmatch(name) and not name.endswith(".localhost") and name not in known:
+        raise Forbidden(
+            f"The call came to the name {name[:100]!r}, and without keys (DMN_AUTH=open) a web page could have had a "
+            "browser send it. Use an address or localhost, or have DMN_OPEN_HOSTS name it."
+        )
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     foreign = origin is not None and origin.rpartition("//")[2] != headers.get("host")
     if site == "cross-site" or (site is None and foreign):
         raise Forbidden("A web page of another site sent this call, and without keys (DMN_AUTH=open) none may.")
+
+
+def _name(host: str) -> str:
+    """Return the name, or address, of a `Host` header, without its port and the dot that may end it."""
+    return re.sub(r":[0-9]*$", "", host.strip().lower()).rstrip(".")
+
+
+_ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")
 
 
 async def _let_in(request: Request, gate: Gate, scope: Scope) -> None:

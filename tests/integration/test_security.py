@@ -149,6 +149,31 @@ async def test_pages_of_the_same_site_and_everything_else_may(house: House, head
     assert (await house.classify(picture("red"), headers=headers)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "host", ["evil.example", "EVIL.example:8000", "127.0.0.1.evil.example", "localhost.evil.example."]
+)
+async def test_no_page_may_have_its_own_name_lead_here(house: House, host: str) -> None:
+    """A browser says of such a call that it is of the page's own site, or nothing at all."""
+    before = await house.memory()
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    problem(await house.classify(picture("red"), headers=headers), "forbidden")
+    problem(await house.client.get("/memory", headers={"Host": host}), "forbidden")
+    assert await house.memory() == before
+    assert (await house.client.get("/livez", headers={"Host": host})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost:8000", "127.0.0.1:8000", "10.0.0.1", "[::1]:8000", "[fd00::1]", "dmn", "dmn:8000", "a.localhost"),
+        *("dmn.example.org", "DMN.example.org.:80"),
+    ],
+)
+async def test_by_address_and_by_names_that_nobody_else_can_have_callers_come_in(build: Build, host: str) -> None:
+    own = await build(open_hosts=("dmn.example.org",))
+    assert (await own.client.get("/tenants", headers={"Host": host})).status_code == 200
+
+
 # What goes into headers and logs --------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ OTHER: dict[str, object] = {
     "host": "localhost",
     "auth": "keys",
     "auth_insecure": True,
+    "open_hosts": ("dmn.example.org", "other.example.org"),
     "operator_key": "correct-horse-battery-staple",
     "operator_key_file": "/some/file",
     "image_formats": ("PNG", "GIF"),
