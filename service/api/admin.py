@@ -54,7 +54,7 @@ async def reset(
     rooms: OwnRoomsDep, ledger: LedgerDep, tenant: TenantDep, body: ResetIn, key: KeyDep = None
 ) -> Response:
     """Empty the dynamic memory, the static one or both, of some classes or of all; a snapshot keeps what was there."""
-    digest = digest_of(("reset", body.model_dump_json()))
+    digest = digest_of(("reset", body.as_bytes()))
 
     async def once() -> Remembered:
         stamp, saved = await adapt.reset(

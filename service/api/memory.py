@@ -143,7 +143,7 @@ async def train(
 ) -> Response:
     """Start few-shot training; its job tells how far it is, and the result is in use when it is done."""
     wanted = body or TrainIn()
-    digest = digest_of(("train", wanted.model_dump_json()))
+    digest = digest_of(("train", wanted.as_bytes()))
 
     async def once() -> Remembered:
         return json_answer(JobOut.of(await training.start(rooms, tenant, wanted.options())), digest, 202)

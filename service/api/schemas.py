@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -21,6 +22,11 @@ from ..training import Options
 
 class _In(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def as_bytes(self) -> bytes:
+        """Return the body as JSON, whatever its text holds: half a surrogate is refused later, and by name."""
+        text = json.dumps(self.model_dump(), ensure_ascii=False, separators=(",", ":"))
+        return text.encode(errors="surrogatepass")
 
 
 class _Out(BaseModel):

@@ -60,7 +60,7 @@ async def add_classes(
 ) -> Response:
     """Add classes while running; the others keep their memories."""
     name = named_tenant(tenant, None)
-    digest = digest_of(("classes", body.model_dump_json()))
+    digest = digest_of(("classes", body.as_bytes()))
 
     async def once() -> Remembered:
         add = partial(adapt.add_classes, tenant=name, added=specs(body.classes))

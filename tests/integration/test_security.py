@@ -313,6 +313,22 @@ async def test_no_value_in_a_query_is_a_fault_of_ours(house: House, name: str, v
     assert answer.status_code in {200, 422}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/tenants/half", r'{"classes": ["\ud800"]}'),
+        ("PUT", "/tenants/half", r'{"classes": [{"name": "red", "prompts": ["a \udfff"]}]}'),
+        ("POST", "/tenants/default/classes", r'{"classes": ["\ud800"]}'),
+        ("POST", "/admin/memory/reset", r'{"scope": "all", "classes": ["\ud800"]}'),
+    ],
+)
+async def test_half_a_surrogate_in_json_is_no_text_and_no_fault_of_ours(
+    house: House, method: str, path: str, body: str
+) -> None:
+    answer = await house.client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+    assert "not valid Unicode" in problem(answer, "invalid-request")["detail"]
+
+
 async def test_of_doubled_keys_the_last_one_counts_and_none_is_a_fault_of_ours(house: House) -> None:
     body = b'{"classes": ["red"], "classes": ["blue", "green"], "slots": 3, "slots": 4}'
     answer = await house.client.put("/tenants/twice", content=body, headers={"Content-Type": "application/json"})
