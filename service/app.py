@@ -29,6 +29,7 @@ from .auth import Gate
 from .batching import Batcher
 from .darkroom import Darkroom
 from .desk import Desk
+from .dock import Dock
 from .errors import StoreDown
 from .housekeeping import keep_house
 from .idempotency import Ledger
@@ -300,7 +301,7 @@ def _rooms(
         desk=desk,
         jobs=Jobs(store, metrics, time.time),
         carrier=asyncio.Lock(),
-        dock=asyncio.Lock(),
+        dock=Dock(max_bytes=settings.max_import_bytes),
         tutor=asyncio.Lock(),
         metrics=metrics,
         traces=traces,

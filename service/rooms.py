@@ -13,6 +13,7 @@ from .archive import Archive
 from .batching import Batcher
 from .darkroom import Darkroom
 from .desk import Desk
+from .dock import Dock
 from .jobs import Jobs
 from .metrics import Metrics
 from .quotas import Quotas
@@ -32,9 +33,9 @@ class Rooms:
 
     `worker` is the encoder's thread, and that of whatever else takes its time; `reader` is that of hot memories.
     `clock` is monotonic and `wall` is wall time, both in seconds. `carrier` is held by whoever has a whole memory in
-    hand, `dock` by whoever receives one: one at a time, so that neither memory nor disk fill up. `tutor` is held by who
-    trains on the device. `traces` are None while nobody asks for them. `beside` are all rooms of this process, these
-    among them, where it has two encoders, and `shadows` the images that wait for the next one (`service.moving`).
+    hand: one at a time, so that memory does not fill up. `tutor` is held by who trains on the device. `traces` are None
+    while nobody asks for them. `beside` are all rooms of this process, these among them, where it has two encoders, and
+    `shadows` the images that wait for the next one (`service.moving`).
     """
 
     settings: Settings
@@ -50,7 +51,7 @@ class Rooms:
     desk: Desk
     jobs: Jobs
     carrier: asyncio.Lock
-    dock: asyncio.Lock
+    dock: Dock
     tutor: asyncio.Lock
     metrics: Metrics
     traces: Spans | None

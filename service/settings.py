@@ -202,7 +202,9 @@ class Settings(BaseSettings):
     )
     snapshot_max_bytes: PositiveInt = Field(1024 * MIB, description="bytes of all snapshots a tenant")
     max_snapshots: PositiveInt = Field(100, description="snapshots a tenant, automatic ones included")
-    max_import_bytes: PositiveInt = Field(1024 * MIB, description="bytes of an imported memory")
+    max_import_bytes: PositiveInt = Field(
+        1024 * MIB, description="bytes of an imported memory, and of all that are on their way"
+    )
     idempotency_ttl_s: PositiveFloat = Field(86_400.0, description="how long an answer stands for its key")
     idempotency_max_bytes: PositiveInt = Field(64 * MIB, description="answers kept for their keys, a tenant")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")

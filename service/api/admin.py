@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from .. import adapt, moving, snapshots
-from ..errors import QueueFull, UnsupportedBody
+from ..errors import UnsupportedBody
 from ..idempotency import digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered, SnapshotInfo, Stamp
@@ -126,7 +126,7 @@ async def import_(request: Request, rooms: OwnRoomsDep, tenant: TenantDep) -> Re
         raise UnsupportedBody(
             f"The body is {kind.partition(';')[0]}; send the file's bytes themselves (curl --data-binary @FILE)."
         )
-    async with _received(request, rooms) as path:
+    async with _received(request, rooms, tenant) as path:
         record, saved = await snapshots.bring_in(rooms, tenant, path)
     return _told(tenant, record.stamp, saved)
 
@@ -160,17 +160,15 @@ async def abandon(rooms: RoomsDep, tenant: TenantDep) -> None:
 
 
 @asynccontextmanager
-async def _received(request: Request, rooms: Rooms) -> AsyncIterator[Path]:
-    """Hold the request's body as a file; one at a time, so that they do not fill the disk together."""
-    if rooms.dock.locked():
-        raise QueueFull("Another memory is being imported.", retry_after_s=5.0)
-    async with rooms.dock:
-        with TemporaryDirectory(prefix="dmn-import-") as folder:
-            path = Path(folder) / "memory.safetensors"
-            with path.open("wb") as file:
-                async for part in request.stream():
-                    file.write(part)
-            yield path
+async def _received(request: Request, rooms: Rooms, tenant: str) -> AsyncIterator[Path]:
+    """Hold the request's body as a file."""
+    with rooms.dock.berth(tenant) as take, TemporaryDirectory(prefix="dmn-import-") as folder:
+        path = Path(folder) / "memory.safetensors"
+        with path.open("wb") as file:
+            async for part in request.stream():
+                take(len(part))
+                file.write(part)
+        yield path
 
 
 def _told(tenant: str, stamp: Stamp, saved: SnapshotInfo | None) -> ResetOut:
