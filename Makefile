@@ -32,8 +32,8 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m tests.bench.bench_encoder
 
 # Long runs: workers that converge, processes that are killed, a cluster that loses nodes, one whose memories come and
-# go, one that is asked ten times what it can do, instances that are restarted in turn, and one that is sent what no
-# client sends.
+# go, one that is asked ten times what it can do, instances that are restarted in turn, one that is sent what no client
+# sends, and one that is asked for all that its document promises.
 soak: $(VENV)/.dev
 	$(BIN)/python tests/soak/convergence.py
 	$(BIN)/python tests/soak/kills.py
@@ -43,6 +43,7 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak.rolling
 	$(BIN)/python -m tests.soak.rolling --instances 3 --cluster
 	$(BIN)/python -m tests.soak.mutations
+	$(BIN)/python -m tests.soak.contract
 
 clean:
 	rm -rf $(VENV)

@@ -21,8 +21,7 @@ from core.backends import Runtime
 from core.encoder import Encoder
 
 from . import adapt, logs, tracing
-from .api import admin, classify, health, jobs, memory, pages, problems, tenants
-from .api.guard import describe
+from .api import admin, classify, document, health, jobs, memory, pages, problems, tenants
 from .api.porch import Porch
 from .archive import Archive
 from .auth import Gate
@@ -84,7 +83,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         redirect_slashes=False,
         docs_url=None,  # the framework's own loads its scripts from somebody else's server
         redoc_url=None,
-        responses={422: problems.DOCUMENTED, "default": problems.DOCUMENTED},
+        responses={422: {"description": ""}},  # the framework's own would be no problem (api/document.py)
         # Its own spans, where it makes any, hold addresses and the texts of errors; ours do not (service/spans.py).
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
@@ -99,7 +98,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
     problems.register(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)
-    describe(app, keys=keys)
+    document.describe(app, settings)
     return app
 
 

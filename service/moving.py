@@ -331,13 +331,13 @@ async def switch(rooms: Rooms, tenant: str, *, force: bool = False) -> Job:
 
     Raises:
         UnknownTenant: there is no such tenant.
-        InvalidRequest: there is no next encoder here, or the tenant is there already; or shots would be lost.
-        FingerprintMismatch: its memory was made with neither encoder.
+        FingerprintMismatch: its memory was made with neither encoder, or there is no other one to switch it to.
+        InvalidRequest: shots would be lost.
     """
     main = await adapt.load(rooms, tenant)
     then = _others(rooms, main.record)
     if then is None:
-        raise InvalidRequest(
+        raise FingerprintMismatch(
             f"The memory of {tenant!r} is of the encoder {main.record.origin.get('encoder', '(unknown)')}, and there "
             "is no other one here to switch it to: DMN_NEXT_ENCODER names it."
         )

@@ -29,6 +29,7 @@ from .deps import (
     stamp_out,
 )
 from .guard import Guarded
+from .problems import may
 from .schemas import (
     HoldingOut,
     JobOut,
@@ -46,10 +47,12 @@ IMPORT = "/admin/memory/import"
 """Path of the one call whose body goes to disk, and may be larger than any other."""
 
 _FILE = "application/octet-stream"
-_UPLOAD = {"required": True, "content": {_FILE: {"schema": {"type": "string", "format": "binary"}}}}
+_BYTES = {"type": "string", "format": "binary"}
+_UPLOAD = {"required": True, "content": {_FILE: {"schema": _BYTES}}}
+_NO_SNAPSHOT = may("unknown-snapshot")
 
 
-@router.post("/reset", response_model=ResetOut, summary="Empty the memories")
+@router.post("/reset", response_model=ResetOut, summary="Empty the memories", responses=may("unknown-class"))
 async def reset(
     rooms: OwnRoomsDep, ledger: LedgerDep, tenant: TenantDep, body: ResetIn, key: KeyDep = None
 ) -> Response:
@@ -91,26 +94,31 @@ async def list_snapshots(
     return SnapshotListOut(items=[SnapshotOut.of(info) for info in part], next=more)
 
 
-@router.get("/snapshots/{snapshot}", summary="Look at a snapshot")
+@router.get("/snapshots/{snapshot}", summary="Look at a snapshot", responses=_NO_SNAPSHOT)
 async def get_snapshot(rooms: OwnRoomsDep, tenant: TenantDep, snapshot: str) -> SnapshotOut:
     """Return what is known of one snapshot."""
     return SnapshotOut.of(await snapshots.find(rooms, tenant, snapshot))
 
 
-@router.post("/snapshots/{snapshot}/restore", summary="Go back to a snapshot")
+@router.post("/snapshots/{snapshot}/restore", summary="Go back to a snapshot", responses=_NO_SNAPSHOT)
 async def restore(rooms: OwnRoomsDep, tenant: TenantDep, snapshot: str) -> ResetOut:
     """Bring configuration and memories back to what they were, at once for all who read; and keep what they are."""
     record, saved = await snapshots.restore(rooms, tenant, snapshot)
     return _told(tenant, record.stamp, saved)
 
 
-@router.delete("/snapshots/{snapshot}", status_code=204, summary="Remove a snapshot")
+@router.delete("/snapshots/{snapshot}", status_code=204, summary="Remove a snapshot", responses=_NO_SNAPSHOT)
 async def drop(rooms: OwnRoomsDep, tenant: TenantDep, snapshot: str) -> None:
     """Remove a snapshot; the memory stays as it is."""
     await snapshots.drop(rooms, tenant, snapshot)
 
 
-@router.get("/export", response_class=StreamingResponse, summary="Export the memory")
+@router.get(
+    "/export",
+    response_class=StreamingResponse,
+    summary="Export the memory",
+    responses={200: {"content": {_FILE: {"schema": _BYTES}}}},
+)
 async def export(rooms: OwnRoomsDep, tenant: TenantDep) -> StreamingResponse:
     """Return configuration and memories as one safetensors file."""
     size, parts = await snapshots.send_out(rooms, tenant)

@@ -28,8 +28,9 @@ from .deps import (
     unless_gone,
 )
 from .guard import Guarded, tenant_of
-from .problems import AllFailed, problem_of
+from .problems import REFUSED_IMAGES, AllFailed, may, problem_of
 from .schemas import (
+    LIMITS,
     ClassifyOut,
     ExplainOut,
     LearnedOut,
@@ -38,6 +39,7 @@ from .schemas import (
     ScoreOut,
     ShotTraceOut,
     SlotTraceOut,
+    TenantName,
 )
 
 Answer = Callable[[ClassifyCall, str | None, str], Coroutine[object, object, Response]]
@@ -45,15 +47,22 @@ Answer = Callable[[ClassifyCall, str | None, str], Coroutine[object, object, Res
 
 router = APIRouter(tags=["classify"], route_class=Guarded)
 
-_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}}
-_IMAGE = {"type": "object", "properties": {"data": {"type": "string", "format": "byte"}}, "required": ["data"]}
-_BASE64 = {"type": "array", "items": _IMAGE}
+_NO_MORE: dict[str, object] = {"required": ["images"], "additionalProperties": False}
+_AT_MOST = {"minItems": 1, LIMITS: {"maxItems": "max_images"}}
+_FILES = {"type": "array", "items": {"type": "string", "format": "binary"}, **_AT_MOST}
+_IMAGE = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "format": "byte"}},
+    "required": ["data"],
+    "additionalProperties": False,
+}
+_BASE64 = {"type": "array", "items": _IMAGE, **_AT_MOST}
 _BODY = {
     "required": True,
     "content": {
-        "multipart/form-data": {"schema": {"type": "object", "properties": {"images": _FILES}, "required": ["images"]}},
+        "multipart/form-data": {"schema": {"type": "object", "properties": {"images": _FILES}, **_NO_MORE}},
         "image/*": {"schema": {"type": "string", "format": "binary"}},
-        "application/json": {"schema": {"type": "object", "properties": {"images": _BASE64}, "required": ["images"]}},
+        "application/json": {"schema": {"type": "object", "properties": {"images": _BASE64}, **_NO_MORE}},
     },
 }
 
@@ -65,15 +74,21 @@ class _Query(BaseModel):
 
     top_k: int = Field(5, ge=1, le=10_000, description="classes to name for each image")
     learn: bool = Field(default=True, description="let the dynamic memory take the images")
-    views: int = Field(1, ge=1, description="views of each image, the plain one included")
+    views: int = Field(
+        1,
+        ge=1,
+        description="views of each image, the plain one included",
+        json_schema_extra={LIMITS: {"maximum": "max_views"}},
+    )
     explain: bool = Field(default=False, description="name the slots and shots behind each answer")
-    tenant: str | None = Field(None, description="the same as `X-Tenant`")
+    tenant: TenantName | None = Field(None, description="the same as `X-Tenant`")
 
 
 @router.post(
     "/classify",
     response_model=ClassifyOut,
     summary="Classify images, and learn from them",
+    responses=may(*REFUSED_IMAGES, "no-classes", "limit-exceeded"),
     openapi_extra={
         "requestBody": _BODY,
         "parameters": [*as_parameters(_Query, "query"), *as_parameters(CallHeaders, "header")],

@@ -18,7 +18,7 @@ from ..idempotency import Ledger, digest_of
 from ..rooms import Rooms
 from ..stores.base import Remembered, Stamp
 from .guard import tenant_of
-from .schemas import StampOut
+from .schemas import Key, StampOut, TenantName
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -42,8 +42,8 @@ async def _ledger(request: Request) -> Ledger:
 
 async def _tenant(
     request: Request,
-    x_tenant: Annotated[str | None, Header(description="tenant, if not the default one")] = None,
-    tenant: Annotated[str | None, Query(description="the same as `X-Tenant`")] = None,
+    x_tenant: Annotated[TenantName | None, Header(description="tenant, if not the default one")] = None,
+    tenant: Annotated[TenantName | None, Query(description="the same as `X-Tenant`")] = None,
 ) -> str:
     return tenant_of(request, x_tenant, tenant)
 
@@ -68,7 +68,7 @@ OwnRoomsDep = Annotated[Rooms, Depends(_own_rooms)]
 LedgerDep = Annotated[Ledger, Depends(_ledger)]
 TenantDep = Annotated[str, Depends(_tenant)]
 DeadlineDep = Annotated[float, Depends(_deadline)]
-KeyDep = Annotated[str | None, Header(alias="Idempotency-Key", description="one answer for all retries of a call")]
+KeyDep = Annotated[Key | None, Header(alias="Idempotency-Key", description="one answer for all retries of a call")]
 LimitDep = Annotated[int, Query(ge=1, le=1000, description="items a page")]
 CursorDep = Annotated[str | None, Query(description="`next` of the page before")]
 
@@ -78,11 +78,11 @@ class CallHeaders(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    tenant: str | None = Field(None, alias="x-tenant", description="tenant, if not the default one")
+    tenant: TenantName | None = Field(None, alias="x-tenant", description="tenant, if not the default one")
     deadline_ms: float | None = Field(
         None, alias="x-deadline-ms", gt=0, lt=1e9, description="milliseconds the answer may take"
     )
-    key: str | None = Field(None, alias="idempotency-key", description="one answer for all retries of a call")
+    key: Key | None = Field(None, alias="idempotency-key", description="one answer for all retries of a call")
 
 
 def deadline_of(given_ms: float | None, rooms: Rooms) -> float:
@@ -119,11 +119,9 @@ def stamp_out(stamp: Stamp, *, stale: bool = False) -> StampOut:
     return StampOut(version=stamp.version, epoch=stamp.epoch, state="stale" if stale else "fresh")
 
 
-def json_answer(
-    model: BaseModel, digest: str, status: int = 200, *, final: bool = True, exclude_none: bool = False
-) -> Remembered:
+def json_answer(model: BaseModel, digest: str, status: int = 200, *, final: bool = True) -> Remembered:
     """Return a model as an answer that can be kept, if it is `final`."""
-    body = model.model_dump_json(exclude_none=exclude_none).encode()
+    body = model.model_dump_json().encode()
     return Remembered(digest=digest, status=status, media_type="application/json", body=body, final=final)
 
 

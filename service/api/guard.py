@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 
@@ -43,7 +43,6 @@ NEEDS: Mapping[str, Scope | None] = {
 }
 """By the template of its path; None where no key is needed. A route that is not here cannot be made."""
 
-_SCHEME = "key"
 _TENANT = "dmn.tenant"
 """Where the tenant of a request's key is noted."""
 
@@ -75,25 +74,6 @@ def tenant_of(request: Request, header: str | None, query: str | None) -> str:
         InvalidRequest: the name is malformed, or the two differ.
     """
     return named_tenant(header, query, request.scope.get(_TENANT, ""))
-
-
-def describe(app: FastAPI, *, keys: bool) -> None:
-    """Have an application's OpenAPI document say how a caller shows its key and, with `keys`, which scope it needs."""
-    plain = app.openapi
-
-    def described() -> dict[str, Any]:
-        told = plain()
-        schemes = told.setdefault("components", {}).setdefault("securitySchemes", {})
-        if _SCHEME in schemes:
-            return told
-        schemes[_SCHEME] = {"type": "http", "scheme": "bearer", "description": "An API key; `dmn keys` makes them."}
-        needs = {path.replace(":path}", "}"): scope for path, scope in NEEDS.items() if keys and scope is not None}
-        for path, item in told["paths"].items():
-            for operation in item.values() if path in needs else ():
-                operation["security"] = [{_SCHEME: [needs[path].value]}]
-        return told
-
-    app.openapi = described  # type: ignore[method-assign]
 
 
 def _refuse_other_sites(headers: Headers, known: Collection[str]) -> None:

@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import torch
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from .. import health
@@ -18,7 +19,7 @@ from .schemas import CheckOut, LiveOut, ReadyOut, VersionOut
 router = APIRouter(tags=["health"], route_class=Guarded)
 
 
-@router.get("/livez", summary="Whether the process is alive")
+@router.get("/livez", summary="Whether the process is alive", responses={503: {"model": LiveOut}})
 async def live(rooms: RoomsDep, response: Response) -> LiveOut:
     """Return 200, also while the service drains, unless the process should be started anew, with the reason."""
     checks = _told(health.liveness(rooms))
@@ -39,7 +40,7 @@ async def ready(rooms: RoomsDep, response: Response) -> ReadyOut:
     return ReadyOut(ready=fine, checks=_told(checks))
 
 
-@router.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
 async def metrics(rooms: RoomsDep) -> Response:
     """Return all metrics in Prometheus's text format."""
     measure(rooms)

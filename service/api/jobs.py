@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from .deps import CursorDep, LimitDep, RoomsDep, TenantDep, page
 from .guard import Guarded
+from .problems import may
 from .schemas import JobListOut, JobOut
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=Guarded)
@@ -19,13 +20,13 @@ async def list_jobs(rooms: RoomsDep, tenant: TenantDep, limit: LimitDep = 100, c
     return JobListOut(items=[JobOut.of(job) for job in part], next=more)
 
 
-@router.get("/{job}", summary="Look at a job")
+@router.get("/{job}", summary="Look at a job", responses=may("unknown-job"))
 async def get_job(rooms: RoomsDep, tenant: TenantDep, job: str) -> JobOut:
     """Return how a job stands."""
     return JobOut.of(await rooms.jobs.get(tenant, job))
 
 
-@router.delete("/{job}", status_code=204, summary="Cancel a job")
+@router.delete("/{job}", status_code=204, summary="Cancel a job", responses=may("unknown-job"))
 async def cancel_job(rooms: RoomsDep, tenant: TenantDep, job: str) -> None:
     """Cancel a job; one that is over stays as it is."""
     await rooms.jobs.cancel(tenant, job)

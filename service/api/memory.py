@@ -36,8 +36,11 @@ from .deps import (
     unless_gone,
 )
 from .guard import Guarded
-from .problems import AllFailed, problem_of
+from .problems import REFUSED_IMAGES, AllFailed, may, problem_of
 from .schemas import (
+    LIMITS,
+    REQUIRED,
+    TEXT,
     AdaptationOut,
     DynamicClassOut,
     DynamicOut,
@@ -52,6 +55,7 @@ from .schemas import (
     SlotListOut,
     StaticClassOut,
     StaticOut,
+    Text,
     TrainIn,
 )
 
@@ -64,10 +68,16 @@ _UPLOAD = {
             "schema": {
                 "type": "object",
                 "properties": {
-                    "label": {"type": "string"},
-                    "images": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                    "label": TEXT,
+                    "images": {
+                        "type": "array",
+                        "items": {"type": "string", "format": "binary"},
+                        "minItems": 1,
+                        LIMITS: {"maxItems": "max_images"},
+                    },
                 },
                 "required": ["label", "images"],
+                "additionalProperties": False,
             }
         },
         "application/zip": {"schema": {"type": "string", "format": "binary"}},
@@ -82,9 +92,9 @@ async def get_memory(rooms: OwnRoomsDep, tenant: TenantDep) -> MemoryOut:
     return _memory_out(rooms, stored, await adapt.adaptation(rooms, stored.record))
 
 
-@router.get("/dynamic/{name:path}", summary="Look at the slots of a class")
+@router.get("/dynamic/{name:path}", summary="Look at the slots of a class", responses=may("unknown-class"))
 async def list_slots(
-    rooms: OwnRoomsDep, tenant: TenantDep, name: str, limit: LimitDep = 100, cursor: CursorDep = None
+    rooms: OwnRoomsDep, tenant: TenantDep, name: Text, limit: LimitDep = 100, cursor: CursorDep = None
 ) -> SlotListOut:
     """Return a page of a class's dynamic slots, the surest first."""
     stored = await adapt.load(rooms, tenant)
@@ -94,8 +104,13 @@ async def list_slots(
     return SlotListOut(items=[SlotItemOut(slot=slot.id, entropy=slot.entropy) for slot in part], next=more)
 
 
-@router.delete("/dynamic/{name:path}/{slot}", status_code=204, summary="Purge a slot")
-async def purge_slot(rooms: OwnRoomsDep, tenant: TenantDep, name: str, slot: str) -> None:
+@router.delete(
+    "/dynamic/{name:path}/{slot}",
+    status_code=204,
+    summary="Purge a slot",
+    responses=may("unknown-class", "unknown-slot"),
+)
+async def purge_slot(rooms: OwnRoomsDep, tenant: TenantDep, name: Text, slot: str) -> None:
     """Remove one dynamic slot; its image cannot come back before the next reset."""
     await adapt.purge(rooms, tenant, name, slot)
 
@@ -120,6 +135,7 @@ async def list_shots(
     status_code=201,
     response_model=ShotsOut,
     summary="Upload labelled shots",
+    responses=may(*REFUSED_IMAGES, "unknown-class"),
     openapi_extra={"requestBody": _UPLOAD},
 )
 async def post_shots(
@@ -137,7 +153,13 @@ async def post_shots(
     return await unless_gone(request, _store(rooms, ledger, tenant, upload, deadline, key))
 
 
-@router.post("/static/train", status_code=202, response_model=JobOut, summary="Train on the shots")
+@router.post(
+    "/static/train",
+    status_code=202,
+    response_model=JobOut,
+    summary="Train on the shots",
+    responses=may("no-classes"),
+)
 async def train(
     rooms: OwnRoomsDep, ledger: LedgerDep, tenant: TenantDep, body: TrainIn | None = None, key: KeyDep = None
 ) -> Response:
@@ -151,15 +173,17 @@ async def train(
     return response_of(await ledger.once(tenant, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
 
 
-@router.delete("/static/train", status_code=204, summary="Remove what was trained")
+@router.delete("/static/train", status_code=204, summary="Remove what was trained", responses=may("not-found"))
 async def remove_offsets(rooms: OwnRoomsDep, tenant: TenantDep) -> None:
     """Remove the trained offsets; shots and slots stay."""
     await training.remove(rooms, tenant)
 
 
-@router.delete("/static", status_code=204, summary="Remove every shot of a class")
+@router.delete("/static", status_code=204, summary="Remove every shot of a class", responses=may("unknown-class"))
 async def remove_label(
-    rooms: OwnRoomsDep, tenant: TenantDep, label: Annotated[str | None, Query(description="the class")] = None
+    rooms: OwnRoomsDep,
+    tenant: TenantDep,
+    label: Annotated[Text | None, Query(description="the class", json_schema_extra=REQUIRED)] = None,
 ) -> None:
     """Remove the shots of one class."""
     if label is None:
@@ -167,7 +191,7 @@ async def remove_label(
     await adapt.remove_label(rooms, tenant, label)
 
 
-@router.delete("/static/{shot}", status_code=204, summary="Remove a shot")
+@router.delete("/static/{shot}", status_code=204, summary="Remove a shot", responses=may("unknown-shot"))
 async def remove_shot(rooms: OwnRoomsDep, tenant: TenantDep, shot: str) -> None:
     """Remove one shot."""
     await adapt.remove_shot(rooms, tenant, shot)

@@ -6,9 +6,9 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
@@ -26,13 +26,21 @@ from .schemas import Problem
 
 MEDIA_TYPE = "application/problem+json"
 
-DOCUMENTED: dict[str, Any] = {
-    "description": "A problem, as RFC 9457 has it.",
-    "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
-}
-"""How the OpenAPI document shows every error."""
+MAY = "x-problems"
+"""Where a route's part of the OpenAPI document names problems, until `document.describe` says the rest of them."""
 
 router = APIRouter(tags=["problems"], route_class=Guarded)
+
+REFUSED_IMAGES = (
+    "unsupported-media-type",
+    "image-unreadable",
+    "image-too-large",
+    "too-many-images",
+    "rate-limited",
+    "queue-full",
+    "draining",
+)
+"""Problems of whatever call brings images."""
 
 _BY_STATUS = {
     404: "not-found",
@@ -42,6 +50,14 @@ _BY_STATUS = {
     503: "queue-full",
     504: "deadline-exceeded",
 }
+
+
+def may(*slugs: str) -> dict[int | str, dict[str, Any]]:
+    """Return what a route says of problems that it may answer with, beside those that any route of its kind may."""
+    told: dict[int | str, dict[str, Any]] = {}
+    for slug in slugs:
+        told.setdefault(PROBLEMS[slug].status, {"description": "", MAY: []})[MAY].append(slug)
+    return told
 
 
 def problem_of(fault: Fault) -> Problem:
@@ -127,7 +143,7 @@ def register(app: FastAPI, routes: Sequence[BaseRoute] = ()) -> None:
 
 
 @router.get("/problems/{slug}", response_class=HTMLResponse, summary="What a problem type means and what to do")
-async def show(slug: str) -> HTMLResponse:
+async def show(slug: Annotated[str, Path(json_schema_extra={"enum": list(PROBLEMS)})]) -> HTMLResponse:
     """Return the page of a problem type."""
     kind = PROBLEMS.get(slug)
     if kind is None:

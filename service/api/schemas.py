@@ -4,29 +4,72 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 from core.adapted import Adaptation
 from core.fusion import DEFAULT_WEIGHTS
-from core.prompts import DEFAULT_TEMPLATES
+from core.prompts import DEFAULT_TEMPLATES, PLACEHOLDER
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method
 from core.training import DEFAULT_EPOCHS
 
+from ..settings import TENANT_NAME
 from ..stores.base import Job, SnapshotInfo, StoredOffsets
 from ..tenants import ClassSpec, Retention, TenantConfig
 from ..training import Options
 
+LIMITS = "x-limits"
+"""Where a schema names the setting that a bound of its is, until `document.describe` puts its value there."""
+
+REQUIRED: dict[str, Any] = {"x-required": True}
+"""Said of a parameter whose absence the route itself refuses, in better words than the framework's."""
+
+_SPACE = r"\t-\r\x1c- \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_CONTROL = r"\x00-\x1f\x7f-\x9f"
+_AROUND = f"[{_SPACE}]*"
+
+
+def _said(middle: str) -> dict[str, Any]:
+    """Return the schema of a text that may have space around it, as `tenants.class_name` and its like take it."""
+    inner = f"[^{_CONTROL}]*"
+    pattern = f"^{_AROUND}{inner}{middle}{inner}{_AROUND}$"
+    counted = "Characters are counted in Unicode's NFC, without the space around."
+    bounds = {"minLength": 1, "pattern": pattern, LIMITS: {"maxLength": "max_text_chars"}}
+    return {"type": "string", "description": counted, **bounds}
+
+
+TEXT = _said(f"[^{_CONTROL}{_SPACE}]")
+"""Schema of a class name or sentence."""
+
+_TEMPLATE = _said(re.escape(PLACEHOLDER))
+_NAME = {"pattern": f"^{TENANT_NAME}$"}
+_KEY = {"minLength": 1, "maxLength": 255, "pattern": "^[!-~]([ -~]*[!-~])?$"}
+
+Text = Annotated[str, Field(json_schema_extra=TEXT)]
+Template = Annotated[str, Field(json_schema_extra=_TEMPLATE)]
+TenantName = Annotated[str, Field(json_schema_extra=_NAME)]
+Key = Annotated[str, Field(json_schema_extra=_KEY)]
+"""Texts that are looked at behind the porch: these say in the OpenAPI document what will be refused there."""
+
+
+def _at_most(setting: str, **more: Any) -> dict[str, Any]:
+    """Return the schema of a list that has as many items as a setting allows."""
+    return {LIMITS: {"maxItems": setting}, **more}
+
 
 class _In(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def as_bytes(self) -> bytes:
         """Return the body as JSON, whatever its text holds: half a surrogate is refused later, and by name."""
         text = json.dumps(self.model_dump(), ensure_ascii=False, separators=(",", ":"))
         return text.encode(errors="surrogatepass")
+
+
+Moment = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 
 class _Out(BaseModel):
@@ -36,7 +79,7 @@ class _Out(BaseModel):
 class ImageIn(_In):
     """One image of a JSON call: its bytes in base64."""
 
-    data: str
+    data: Annotated[str, Field(json_schema_extra={"format": "byte"})]
 
 
 class ClassifyIn(_In):
@@ -48,15 +91,28 @@ class ClassifyIn(_In):
 class ClassIn(_In):
     """A class: its name and sentences that describe it."""
 
-    name: str
-    prompts: list[str] = []
+    name: Text
+    prompts: Annotated[list[Text], Field(json_schema_extra=_at_most("max_prompts"))] = []
 
     def spec(self) -> ClassSpec:
         """Return what the service calls a class."""
         return ClassSpec(name=self.name, prompts=tuple(self.prompts))
 
 
-ClassesIn = list[ClassIn | str]
+ClassesIn = Annotated[list[ClassIn | Text], Field(json_schema_extra=_at_most("max_classes", uniqueItems=True))]
+
+_SOME_PROMPT: list[JsonValue] = [
+    {"properties": {"templates": {"minItems": 1}}},
+    {
+        "properties": {
+            "classes": {
+                "items": {"type": "object", "properties": {"prompts": {"minItems": 1}}, "required": ["prompts"]}
+            }
+        },
+        "required": ["templates"],
+    },
+]
+"""Every class needs a prompt: of the templates, or of its own."""
 
 
 def specs(classes: ClassesIn) -> tuple[ClassSpec, ...]:
@@ -64,14 +120,28 @@ def specs(classes: ClassesIn) -> tuple[ClassSpec, ...]:
     return tuple(ClassSpec(name=one) if isinstance(one, str) else one.spec() for one in classes)
 
 
+def _whole(value: object) -> object:
+    """Return a number without its point where nothing is after it: to JSON 2.0 is a whole number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 class TenantIn(_In):
     """A tenant's configuration; what is left out has its default."""
 
+    model_config = ConfigDict(json_schema_extra={"anyOf": _SOME_PROMPT})
+
     classes: ClassesIn = []
-    templates: list[str] = list(DEFAULT_TEMPLATES)
-    slots: int = Field(DEFAULT_SLOTS, ge=0, le=2**31)
-    beta: float = DEFAULT_BETA
-    weights: tuple[float, float, float] = DEFAULT_WEIGHTS
+    templates: Annotated[list[Template], Field(json_schema_extra=_at_most("max_prompts"))] = list(DEFAULT_TEMPLATES)
+    slots: Annotated[int, Field(ge=0, json_schema_extra={LIMITS: {"maximum": "max_slots"}}), _WHOLE] = DEFAULT_SLOTS
+    beta: float = Field(DEFAULT_BETA, ge=0, allow_inf_nan=False)
+    weights: Annotated[
+        tuple[_Weight, _Weight, _Weight],
+        Field(strict=False, json_schema_extra={"contains": {"type": "number", "exclusiveMinimum": 0}}),
+    ] = DEFAULT_WEIGHTS
     learn: bool = True
     retention: Retention = "features"
     method: Method = "auto"
@@ -100,18 +170,18 @@ class ResetIn(_In):
     """Which memories to empty, and of which classes (all, if left out)."""
 
     scope: Literal["dynamic", "static", "all"]
-    classes: list[str] | None = None
+    classes: list[Text] | None = None
 
 
 class TrainIn(_In):
     """How to train; what is left out has its default."""
 
-    epochs: Annotated[int, Field(ge=1, le=1000, description="passes over the shots at most")] = DEFAULT_EPOCHS
+    epochs: Annotated[int, Field(ge=1, le=1000, description="passes over the shots at most"), _WHOLE] = DEFAULT_EPOCHS
     learning_rate: Annotated[
         float | None,
         Field(gt=0, le=1, description="of the first step; by default 1e-4 times 100 over the encoder's logit scale"),
     ] = None
-    seed: Annotated[int, Field(ge=0, lt=2**53, description="of the order, the crops, and what is held out")] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**53, description="of the order, the crops, and what is held out"), _WHOLE] = 0
 
     def options(self) -> Options:
         """Return what the service calls options."""
@@ -167,7 +237,7 @@ class SnapshotOut(_Out):
     """A snapshot: when and why it was taken, what it holds, and where the memory was then."""
 
     id: str
-    created: str
+    created: Moment
     reason: str
     fingerprint: str
     epoch: int
@@ -220,7 +290,7 @@ class TenantOut(_Out):
     learn: bool
     retention: Retention
     method: Method
-    job: JobOut | None = None
+    job: JobOut | None = Field(None, exclude_if=lambda job: job is None)
 
     @staticmethod
     def of(name: str, config: TenantConfig, job: Job | None = None) -> TenantOut:
@@ -413,7 +483,7 @@ class ProjectionsOut(_Out):
     """Trained offsets: when, by how many passes over how many shots, and how many classes have a row."""
 
     id: str
-    trained: str
+    trained: Moment
     epochs: int
     shots: int
     held_out: HeldOutOut | None

@@ -12,7 +12,8 @@ from ..idempotency import digest_of
 from ..stores.base import Remembered
 from .deps import CursorDep, KeyDep, LedgerDep, LimitDep, RoomsDep, cursor_key, cursor_of, json_answer, response_of
 from .guard import Guarded
-from .schemas import AddClassesIn, TenantIn, TenantNameOut, TenantOut, TenantsOut, specs
+from .problems import may
+from .schemas import AddClassesIn, TenantIn, TenantName, TenantNameOut, TenantOut, TenantsOut, Text, specs
 
 router = APIRouter(prefix="/tenants", tags=["tenants"], route_class=Guarded)
 
@@ -29,10 +30,9 @@ async def list_tenants(rooms: RoomsDep, limit: LimitDep = 100, cursor: CursorDep
 @router.put(
     "/{tenant}",
     summary="Create or replace a tenant",
-    responses={201: {"model": TenantOut}},
-    response_model_exclude_none=True,
+    responses={201: {"model": TenantOut}, **may("duplicate-class")},
 )
-async def put_tenant(rooms: RoomsDep, tenant: str, body: TenantIn, response: Response) -> TenantOut:
+async def put_tenant(rooms: RoomsDep, tenant: TenantName, body: TenantIn, response: Response) -> TenantOut:
     """Create a tenant (201) or replace its configuration (200); classes that stay keep their memories."""
     put = partial(adapt.put_tenant, name=tenant, config=body.config())
     changed = await moving.in_its_rooms(rooms, named_tenant(tenant, None), put)
@@ -40,23 +40,29 @@ async def put_tenant(rooms: RoomsDep, tenant: str, body: TenantIn, response: Res
     return _told(changed)
 
 
-@router.get("/{tenant}", summary="Look at a tenant", response_model_exclude_none=True)
-async def get_tenant(rooms: RoomsDep, tenant: str) -> TenantOut:
+@router.get("/{tenant}", summary="Look at a tenant")
+async def get_tenant(rooms: RoomsDep, tenant: TenantName) -> TenantOut:
     """Return a tenant's configuration."""
     record = await rooms.archive.record(named_tenant(tenant, None))
     return TenantOut.of(record.name, record.config)
 
 
 @router.delete("/{tenant}", status_code=204, summary="Remove a tenant and its memories")
-async def delete_tenant(rooms: RoomsDep, tenant: str) -> None:
+async def delete_tenant(rooms: RoomsDep, tenant: TenantName) -> None:
     """Remove a tenant with all that it has; the default one comes back without classes."""
     name = named_tenant(tenant, None)
     await adapt.delete_tenant(await moving.rooms_of(rooms, name), name)
 
 
-@router.post("/{tenant}/classes", status_code=201, response_model=TenantOut, summary="Add classes")
+@router.post(
+    "/{tenant}/classes",
+    status_code=201,
+    response_model=TenantOut,
+    summary="Add classes",
+    responses=may("duplicate-class"),
+)
 async def add_classes(
-    rooms: RoomsDep, ledger: LedgerDep, tenant: str, body: AddClassesIn, key: KeyDep = None
+    rooms: RoomsDep, ledger: LedgerDep, tenant: TenantName, body: AddClassesIn, key: KeyDep = None
 ) -> Response:
     """Add classes while running; the others keep their memories."""
     name = named_tenant(tenant, None)
@@ -65,13 +71,18 @@ async def add_classes(
     async def once() -> Remembered:
         add = partial(adapt.add_classes, tenant=name, added=specs(body.classes))
         changed = await moving.in_its_rooms(rooms, name, add)
-        return json_answer(_told(changed), digest, 201, exclude_none=True)
+        return json_answer(_told(changed), digest, 201)
 
     return response_of(await ledger.once(name, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
 
 
-@router.delete("/{tenant}/classes/{name:path}", status_code=204, summary="Remove a class and its memories")
-async def remove_class(rooms: RoomsDep, tenant: str, name: str) -> None:
+@router.delete(
+    "/{tenant}/classes/{name:path}",
+    status_code=204,
+    summary="Remove a class and its memories",
+    responses=may("unknown-class"),
+)
+async def remove_class(rooms: RoomsDep, tenant: TenantName, name: Text) -> None:
     """Remove a class while running; the others keep their memories."""
     own = named_tenant(tenant, None)
     await moving.in_its_rooms(rooms, own, partial(adapt.remove_class, tenant=own, name=name))

@@ -346,7 +346,7 @@ async def test_a_shadow_that_nobody_wants_can_be_dropped_also_where_there_is_no_
     async with opened(SoftEncoder(), store=redis) as house:
         told = await standing(house)
         assert (told["next"], told["shadow"]) == (None, {"slots": 3, "shots": 0})
-        problem(await house.client.post("/admin/memory/migration", headers=SHOP), "invalid-request")
+        problem(await house.client.post("/admin/memory/migration", headers=SHOP), "fingerprint-mismatch")
         assert (await house.client.delete("/admin/memory/migration", headers=SHOP)).status_code == 204
         assert (await standing(house))["shadow"] is None
         problem(await house.client.delete("/admin/memory/migration", headers={"X-Tenant": "nobody"}), "unknown-tenant")
@@ -401,7 +401,7 @@ async def test_a_switched_tenant_lives_on_and_its_traffic_casts_no_shadow(house:
     assert len(slot_ids(memory)) == 4
     assert sum(counts(house).values()) == 3
     assert await house.rooms.store.get(shadow_of("shop")) is None
-    problem(await house.client.post("/admin/memory/migration", headers=SHOP), "invalid-request")
+    problem(await house.client.post("/admin/memory/migration", headers=SHOP), "fingerprint-mismatch")
 
 
 async def test_the_snapshot_from_before_is_the_way_back_and_the_one_after_it_the_way_there_again(house: House) -> None:
