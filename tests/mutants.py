@@ -70,7 +70,7 @@ def fault(status: int, content_type: str, body: bytes) -> str:
     """Return what is wrong with an answer in a few words; nothing where it is one, or a proper refusal."""
     if status >= 500 and status != 503:
         return f"answered with {status}"
-    if b'"/problems/internal"' in body:
+    if b'"type":"/problems/internal"' in body:
         return "an image failed by a fault of the service"
     if status < 400:
         return ""
