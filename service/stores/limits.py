@@ -16,7 +16,7 @@ from typing import Any
 from .base import Allowance, Lease, Quota
 from .keys import Keys
 
-NEARLY = 1e-9
+NEARLY = 1e-3
 """Tokens that may be owed: what rounding takes must not make a caller wait who came when it was told to."""
 
 _MICROSECONDS = 1e6

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager, suppress
@@ -540,26 +541,28 @@ async def test_a_slot_that_moves_under_load_costs_no_call_its_answer(three: Clus
     """Each task counts in one key, and several share a key's slot: what is counted twice or not at all would show."""
     source = three.owner("{moving}")
     target = next(node for node in three.nodes if node is not source)
-    over = asyncio.Event()
+    done = {f"{{moving}}{number}": 0 for number in range(8)}
+    moved = threading.Event()
 
-    async def count(client: Redis, key: str) -> int:
-        done = 0
-        while not over.is_set():
-            done += 1
-            assert await client.incr(key) == done
+    async def count(client: Redis, key: str) -> None:
+        since = None
+        while since is None or done[key] <= since:
+            since = done[key] if since is None and moved.is_set() else since
+            done[key] += 1
+            assert await client.incr(key) == done[key]
             batch = client.pipeline(transaction=False)
-            assert await batch.get(key).get("elsewhere").execute() == [str(done).encode(), None]
-        return done
+            assert await batch.get(key).get("elsewhere").execute() == [str(done[key]).encode(), None]
 
     def move() -> None:
         for _ in three.move_key_by_key("{moving}", target):
             time.sleep(0.02)  # so that calls meet each stage of the move
-        over.set()
+        moved.set()
 
     async with opened(url) as client:
-        tasks = [asyncio.create_task(count(client, f"{{moving}}{number}")) for number in range(8)]
+        tasks = [asyncio.create_task(count(client, key)) for key in done]
         await asyncio.to_thread(move)
-        assert min(await asyncio.gather(*tasks)) > 1
+        await asyncio.gather(*tasks)
+        assert min(done.values()) > 1
         assert three.owner("{moving}") is target
         await client.flushall()
 

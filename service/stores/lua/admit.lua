@@ -46,7 +46,7 @@ end
 
 local wait, crowded = 0, 0
 -- What rounding takes must not make a caller wait who came when it was told to.
-if rate > 0 and images - tokens > 1e-9 then
+if rate > 0 and images - tokens > 1e-3 then
   wait = math.ceil((images - tokens) * 1000000 / rate)
 end
 if most > 0 and held + size(ARGV[5]) > most then

@@ -272,9 +272,13 @@ async def test_the_order_of_a_class_is_that_of_the_new_entropies_and_the_surest_
 
 
 async def test_of_equal_entropies_the_lower_id_stays(house: House, rooms: Rooms) -> None:
-    await house.put(colours(slots=2), slots={GREEN: [slot(id_, look("red")) for id_ in "dbca"]})
+    """Where there is but one class everything is as sure; elsewhere the last bits depend on the place in a batch."""
+    await house.put(colours("red", slots=2), slots={RED: [slot(id_, look("red")) for id_ in "dbca"]})
     await resumed(rooms)
-    assert set((await house.slots())[RED]) == {"a", "b"}
+    kept = (await house.slots())[RED]
+    assert kept.keys() == {"a", "b"}
+    (nats,) = {one.entropy for one in kept.values()}
+    assert nats < 1e-6, "they were not scored anew"
 
 
 async def test_of_two_slots_with_one_id_the_surer_stays_as_anywhere(house: House, rooms: Rooms) -> None:
