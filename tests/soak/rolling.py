@@ -70,7 +70,7 @@ class Options:
     on_cluster: bool = False
     by: By = "request"
     seconds: float = 90.0
-    rate: float = 20.0
+    rate: float = 50.0
     tenants: int = 10
     seed: int = 0
     warm_s: float = WARM_S
@@ -364,7 +364,7 @@ def main() -> int:
     parser.add_argument("--cluster", action="store_true", help="on a cluster of three nodes; else on one server")
     parser.add_argument("--by", choices=get_args(By), default="request", help="what the proxy spreads")
     parser.add_argument("--seconds", type=float, default=90.0, help="in which rounds of restarts may begin")
-    parser.add_argument("--rate", type=float, default=20.0, help="calls a second")
+    parser.add_argument("--rate", type=float, default=50.0, help="calls a second: it is they that bring memories back")
     parser.add_argument("--tenants", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
