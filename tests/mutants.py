@@ -195,7 +195,7 @@ def _zipped(**images: bytes) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for label, data in images.items():
-            archive.writestr(f"{label}/1.png", data)
+            archive.writestr(zipfile.ZipInfo(f"{label}/1.png"), data, zipfile.ZIP_DEFLATED)  # of no hour of today
     return file.getvalue()
 
 

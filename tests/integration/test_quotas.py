@@ -214,7 +214,7 @@ async def test_replicas_share_the_places_at_work(store: Running, build: Build) -
     encoders[0].shut()
     calls = [asyncio.create_task(houses[0].classify(fresh())) for _ in range(2)]
     await encoders[0].reached()
-    await until(lambda: houses[0].rooms.batcher.taken == 2)
+    await until(lambda: len(houses[0].rooms.quotas._at_work.get("default", ())) == 2)
     problem(await soon(houses[1].classify(fresh())), "rate-limited")
     encoders[0].gate.set()
     assert [(await soon(call)).status_code for call in calls] == [200, 200]

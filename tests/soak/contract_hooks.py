@@ -31,7 +31,7 @@ OWN = os.environ[OWN_TENANT]
 def _zipped(colour: str, seed: int) -> bytes:
     file = BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr(f"{colour}/1.png", picture(colour, seed))
+        archive.writestr(zipfile.ZipInfo(f"{colour}/1.png"), picture(colour, seed))
     return file.getvalue()
 
 
