@@ -90,7 +90,7 @@ def lets_in(url: str) -> bool:
     """Return whether somebody listens there."""
     try:
         socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):  # the latter who knocked as the door closed
         return False
     return True
 
