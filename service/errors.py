@@ -132,7 +132,10 @@ PROBLEMS: dict[str, ProblemType] = {
         401, "No valid key was given", "This service asks for an API key.", "Send `Authorization: Bearer KEY`."
     ),
     "forbidden": _type(
-        403, "The key does not allow this", "The key is valid, but not for this call.", "Use a key with the scope."
+        403,
+        "This call is not allowed",
+        "The key is valid, but not for this call; or, where no key is needed, a web page elsewhere may have sent it.",
+        "Use a key with the scope. Without keys, call an address or localhost, or have DMN_OPEN_HOSTS list the name.",
     ),
     "rate-limited": _type(
         429,
@@ -285,7 +288,7 @@ class Unauthenticated(ServiceError):
 
 
 class Forbidden(ServiceError):
-    """The key is valid, but not for this call."""
+    """The caller may not make this call: its key is for others, or a web page of another site may have sent it."""
 
     slug = "forbidden"
 
