@@ -23,6 +23,7 @@ from core.encoder import Encoder
 from . import adapt, logs, tracing
 from .api import admin, classify, document, health, jobs, memory, pages, problems, tenants
 from .api.porch import Porch
+from .api.shortcut import Shortcut
 from .archive import Archive
 from .auth import Gate
 from .batching import Batcher
@@ -87,6 +88,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         # Its own spans, where it makes any, hold addresses and the texts of errors; ours do not (service/spans.py).
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.add_middleware(Shortcut, route=classify.ROUTE)
     app.add_middleware(
         Porch,
         max_body_bytes=settings.max_body_bytes,

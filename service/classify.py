@@ -68,10 +68,7 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
     with rooms.batcher.admit(images, tenant=call.tenant, deadline=call.deadline):
         await _check_tenant(rooms, call.tenant)
         async with rooms.quotas.admit(call.tenant, images):
-            walks = [partial(_encode, rooms, call, *one) for one in zip(call.images, laps, strict=True)]
-            encoded = await each(walks, rooms, call.deadline)
-            # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
-            results = await each([partial(_read, rooms, call, one) for one in encoded], rooms, call.deadline)
+            results = await _answers(rooms, call, laps)
     count_faults(rooms, results)
     if rooms.traces is not None:
         told = (result.laps if isinstance(result, Reading) else () for result in results)
@@ -80,6 +77,19 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
         with suppress(ServiceError):  # the answer stands; the next one who meets the memory tries again
             await upkeep.resume(rooms, call.tenant)
     return results
+
+
+async def _answers(rooms: Rooms, call: ClassifyCall, laps: Sequence[list[Lap]]) -> list[Reading | Fault]:
+    walks = [partial(_encode, rooms, call, *one) for one in zip(call.images, laps, strict=True)]
+    if len(walks) == 1:  # the commonest call goes its way at one go
+
+        async def whole() -> Reading:
+            return await _read(rooms, call, await walks[0]())
+
+        return [await _own_fate(whole, rooms, call.deadline)]
+    encoded = await each(walks, rooms, call.deadline)
+    # Started in order and not before all are encoded: the memory meets the images of a call as they were sent.
+    return await each([partial(_read, rooms, call, one) for one in encoded], rooms, call.deadline)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +126,6 @@ async def _read(rooms: Rooms, call: ClassifyCall, encoded: _Encoded | Fault) -> 
 
 async def each(walks: Sequence[Callable[[], Awaitable[T]]], rooms: Rooms, deadline: float) -> list[T | Fault]:
     """Return what each image's walk returns, or its own fault; those not done by the deadline are given up."""
-    if len(walks) == 1:
-        return [await _own_fate(walks[0], rooms, deadline)]  # the commonest call is spared a task
     return await asyncio.gather(*(_own_fate(walk, rooms, deadline) for walk in walks))
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
-from starlette.datastructures import Headers, MutableHeaders, QueryParams
+from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
 from core.encoder import Preprocess
@@ -29,8 +29,10 @@ from core.encoder import Preprocess
 from . import loop, tracing
 from .api import admin, classify, problems
 from .api.guard import Guarded
+from .api.heads import headers_of
 from .api.porch import Porch, patience_of
 from .api.schemas import CheckOut, LiveOut, ReadyOut
+from .api.shortcut import Shortcut
 from .auth import Gate, claimed_tenant
 from .classify import ClassifyCall
 from .darkroom import Darkroom
@@ -216,6 +218,7 @@ class Front:
         )
         app.state.rooms, app.state.answer, app.state.gate = self.lodge, self._answer, self._gate
         app.router.route_class = Guarded
+        app.add_middleware(Shortcut, route=classify.ROUTE)
         app.add_middleware(
             Porch,
             max_body_bytes=settings.max_body_bytes,
@@ -291,12 +294,12 @@ def _tenant_of(scope: Scope) -> str:
     _, first, *rest = scope["path"].split("/")
     if first == "tenants" and rest and rest[0]:
         return str(rest[0])
-    headers = Headers(scope=scope)
+    headers = headers_of(scope)
     named = headers.get("x-tenant") or QueryParams(scope["query_string"]).get("tenant")
     return named or claimed_tenant(headers.get("authorization", "")) or DEFAULT_TENANT
 
 
 def _patience_s(scope: Scope) -> float | None:
     """Return after how many seconds a request with a deadline is given up; the worker process keeps it itself."""
-    patience_s = patience_of(Headers(scope=scope))
+    patience_s = patience_of(headers_of(scope))
     return None if patience_s is None else patience_s + GRACE_S

@@ -76,6 +76,7 @@ class Metrics:
             "dmn_build_info", "What is running; always 1.", "version", "encoder", "fingerprint", together="livemax"
         )
         self._zeros()
+        self._stages = {stage: self.stage_seconds.labels(stage) for stage in STAGES}
 
     @contextmanager
     def stage(self, name: str, into: list[Lap] | None = None) -> Iterator[None]:
@@ -88,7 +89,7 @@ class Metrics:
 
     def observe_stage(self, name: str, seconds: float, into: list[Lap] | None = None) -> None:
         """Record the time of one stage that ends now, in seconds, that was taken elsewhere."""
-        self.stage_seconds.labels(name).observe(seconds)
+        self._stages[name].observe(seconds)
         if into is not None:
             into.append((name, seconds, time_ns()))
 
@@ -102,8 +103,6 @@ class Metrics:
             self.shadows.labels(outcome)
         for agreement in AGREEMENTS:
             self.predictions.labels(agreement)
-        for stage in STAGES:
-            self.stage_seconds.labels(stage)
         for reason in REFUSALS:
             self.rejected.labels(reason)
         for reason in FAULTS:

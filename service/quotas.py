@@ -32,6 +32,7 @@ _CROWDED_S = 1.0
 """When to come again where images of one's own are in the way."""
 
 _MOST_TOLD = 10_000
+_NONE = Quota()
 
 
 class Quotas:
@@ -39,6 +40,8 @@ class Quotas:
 
     def __init__(self, store: MemoryStore, settings: Settings, clock: Callable[[], float]) -> None:
         self._store, self._settings, self._clock = store, settings, clock
+        self._usual = quota_of(settings, "")
+        self._special = {tenant: quota_of(settings, tenant) for tenant in settings.tenant_limits}
         self._own = OwnLimits(clock)
         self._holder, self._numbers = secrets.token_hex(8), count()
         self._at_work: dict[str, dict[Lease, float]] = {}
@@ -48,7 +51,7 @@ class Quotas:
 
     def most(self, tenant: str) -> int | None:
         """Return how many images times views are ever let in at once, or None: as many as want."""
-        quota = quota_of(self._settings, tenant)
+        quota = self._of(tenant)
         limits = ([quota.burst] if quota.rate else []) + ([quota.concurrent] if quota.concurrent else [])
         return min(limits, default=None)
 
@@ -62,8 +65,8 @@ class Quotas:
             RateLimited: they are not let in now; says when they may be.
             LimitExceeded: they never are.
         """
-        quota = quota_of(self._settings, tenant)
-        if quota == Quota():
+        quota = self._of(tenant)
+        if quota == _NONE:
             yield
             return
         most = self.most(tenant)
@@ -90,7 +93,7 @@ class Quotas:
 
         As draft-ietf-httpapi-ratelimit-headers has them; `images` counts images times views.
         """
-        told, quota = self._told.get(tenant), quota_of(self._settings, tenant)
+        told, quota = self._told.get(tenant), self._of(tenant)
         if told is None or not quota.rate:
             return {}
         missing = max(0.0, quota.burst - told.tokens)
@@ -115,6 +118,9 @@ class Quotas:
             self._giving_back.cancel()
             await asyncio.gather(self._giving_back, return_exceptions=True)
         await self._give_back()
+
+    def _of(self, tenant: str) -> Quota:
+        return self._special.get(tenant.partition("/")[0], self._usual)
 
     async def _enter(self, tenant: str, quota: Quota, lease: Lease, until: float | None) -> Allowance:
         """Return what is said to a lease that wants in, in the end."""

@@ -6,11 +6,12 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from .. import moving
 from ..errors import PROBLEMS, InvalidRequest, ServiceError
@@ -116,12 +117,19 @@ def as_parameters(model: type[BaseModel], place: str) -> list[dict[str, object]]
 
 def stamp_out(stamp: Stamp, *, stale: bool = False) -> StampOut:
     """Return where a memory is, as answers say it."""
-    return StampOut(version=stamp.version, epoch=stamp.epoch, state="stale" if stale else "fresh")
+    return StampOut(**stamp_told(stamp, stale=stale))
 
 
-def json_answer(model: BaseModel, digest: str, status: int = 200, *, final: bool = True) -> Remembered:
-    """Return a model as an answer that can be kept, if it is `final`."""
-    body = model.model_dump_json().encode()
+def stamp_told(stamp: Stamp, *, stale: bool = False) -> dict[str, Any]:
+    """Return the same without its model."""
+    return {"version": stamp.version, "epoch": stamp.epoch, "state": "stale" if stale else "fresh"}
+
+
+def json_answer(
+    told: BaseModel | Mapping[str, object], digest: str, status: int = 200, *, final: bool = True
+) -> Remembered:
+    """Return a model, or what one would say, as an answer that can be kept, if it is `final`."""
+    body = to_json(told)
     return Remembered(digest=digest, status=status, media_type="application/json", body=body, final=final)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
 
 from ..auth import Gate, Scope, named_tenant
 from ..errors import Forbidden
+from .heads import headers_of
 
 NEEDS: Mapping[str, Scope | None] = {
     "/classify": Scope.CLASSIFY,
@@ -52,19 +52,30 @@ class Guarded(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return what answers a request."""
-        handle, scope = super().get_route_handler(), NEEDS[self.path]
-        if scope is None:
+        handle, needed = super().get_route_handler(), NEEDS[self.path]
+        if needed is None:
             return handle
 
         async def guarded(request: Request) -> Response:
-            gate: Gate | None = request.app.state.gate
-            if gate is None:
-                _refuse_other_sites(request.headers, request.app.state.rooms.settings.open_hosts)
-            else:
-                await _let_in(request, gate, scope)
+            await self.admit(request)
             return await handle(request)
 
         return guarded
+
+    async def admit(self, request: Request) -> None:
+        """Return if whoever asks may take this route, and note for whom.
+
+        Raises:
+            Unauthenticated, Forbidden, StoreDown: as `Gate.admit` and `Caller.speak_for` do.
+        """
+        gate: Gate | None = request.app.state.gate
+        needed = NEEDS[self.path]
+        if needed is None:
+            return
+        if gate is None:
+            _refuse_other_sites(headers_of(request.scope), request.app.state.rooms.settings.open_hosts)
+        else:
+            await _let_in(request, gate, needed)
 
 
 def tenant_of(request: Request, header: str | None, query: str | None) -> str:
@@ -76,7 +87,7 @@ def tenant_of(request: Request, header: str | None, query: str | None) -> str:
     return named_tenant(header, query, request.scope.get(_TENANT, ""))
 
 
-def _refuse_other_sites(headers: Headers, known: Collection[str]) -> None:
+def _refuse_other_sites(headers: Mapping[str, str], known: Collection[str]) -> None:
     """Return if no web page of another site sent this: without keys, anybody's page in a browser here could.
 
     With keys it could not, since a browser asks before it lets a page send an `Authorization` header elsewhere. Whoever
@@ -100,9 +111,10 @@ def _refuse_other_sites(headers: Headers, known: Collection[str]) -> None:
 
 def _name(host: str) -> str:
     """Return the name, or address, of a `Host` header, without its port and the dot that may end it."""
-    return re.sub(r":[0-9]*$", "", host.strip().lower()).rstrip(".")
+    return _PORT.sub("", host.strip().lower()).rstrip(".")
 
 
+_PORT = re.compile(r":[0-9]*$")
 _ADDRESS = re.compile(r"[0-9.]+|\[[0-9a-f:.]+\]")
 
 

@@ -7,19 +7,22 @@ import logging
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .. import logs
 from ..metrics import Metrics
+from ..rooms import Rooms
 from .deps import GONE
+from .heads import headers_of
 from .problems import problem, problem_response
 
 if TYPE_CHECKING:
@@ -63,14 +66,14 @@ class Porch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers, rooms = Headers(scope=scope), scope["app"].state.rooms
+        headers, rooms = headers_of(scope), scope["app"].state.rooms
         traced = rooms.traces is not None and scope["path"] not in _PROBES
         span: RequestSpan | None = rooms.traces.request(headers) if traced else None
         own_id = _request_id(headers, span)
         token = logs.request_id.set(own_id)
-        start, visit = perf_counter(), _Visit(send, own_id, lambda: bool(rooms.batcher.leaving))
+        start, visit = perf_counter(), _Visit(send, own_id, rooms)
         try:
-            await self._let_in(scope, receive, visit)
+            await self._let_in(scope, headers, receive, visit)
         except ClientDisconnect:
             visit.status = visit.status or GONE
         except Exception as error:  # noqa: BLE001 - the last one who can turn it into an answer
@@ -78,19 +81,19 @@ class Porch:
             if not visit.status:
                 await problem_response(problem("internal", "An unexpected error occurred."))(scope, receive, visit.send)
         finally:
-            self._record(scope, visit.status or 500, perf_counter() - start, span)
+            self._record(scope, rooms.metrics, visit.status or 500, perf_counter() - start, span)
             logs.request_id.reset(token)
 
-    async def _let_in(self, scope: Scope, receive: Receive, visit: _Visit) -> None:
+    async def _let_in(self, scope: Scope, headers: Mapping[str, str], receive: Receive, visit: _Visit) -> None:
         body = _Body(
             limit=self._to_disk.get(scope["path"], self._max_body_bytes), in_memory=scope["path"] not in self._to_disk
         )
-        if _length(Headers(scope=scope)) > body.limit:
-            _metrics(scope).rejected.labels("body-too-large").inc()
+        if _length(headers) > body.limit:
+            visit.rooms.metrics.rejected.labels("body-too-large").inc()
             await problem_response(problem("body-too-large", _too_large(body)))(scope, receive, visit.send)
             return
         try:
-            async with asyncio.timeout(patience_of(Headers(scope=scope))):
+            async with _within(patience_of(headers)):
                 await self._app(scope, self._bounded(receive, body), visit.send)
         except TimeoutError:
             late = problem("deadline-exceeded", "The deadline passed before the call was answered.")
@@ -104,8 +107,10 @@ class Porch:
         arrives_by = asyncio.get_running_loop().time() + patience_s
 
         async def bounded() -> Message:
+            if body.whole:
+                return await receive()  # nothing more of it: that the client leaves
             try:
-                async with asyncio.timeout_at(None if body.whole else arrives_by):
+                async with asyncio.timeout_at(arrives_by):
                     message = await receive()
             except TimeoutError as error:
                 raise HTTPException(504, "The body did not arrive in time.") from error
@@ -122,10 +127,9 @@ class Porch:
 
         return bounded
 
-    def _record(self, scope: Scope, status: int, seconds: float, span: RequestSpan | None) -> None:
+    def _record(self, scope: Scope, metrics: Metrics, status: int, seconds: float, span: RequestSpan | None) -> None:
         route = _route(scope)
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        metrics = _metrics(scope)
         metrics.requests.labels(method, route, str(status)).inc()
         metrics.request_seconds.labels(route).observe(seconds)
         if route not in _PROBES:
@@ -144,6 +148,11 @@ class _Body:
     whole: bool = False
 
 
+def _within(seconds: float | None) -> AbstractAsyncContextManager[object]:
+    """Return what ends a wait after so many seconds; None: never."""
+    return nullcontext() if seconds is None else asyncio.timeout(seconds)
+
+
 def _too_large(body: _Body) -> str:
     return f"The body has more than the {body.limit} bytes that are allowed."
 
@@ -151,8 +160,8 @@ def _too_large(body: _Body) -> str:
 class _Visit:
     """Remembers the status of an answer, and adds the request's id to it."""
 
-    def __init__(self, send: Send, own_id: str, leaving: Callable[[], bool]) -> None:
-        self._send, self._id, self._leaving = send, own_id, leaving
+    def __init__(self, send: Send, own_id: str, rooms: Rooms) -> None:
+        self._send, self._id, self.rooms = send, own_id, rooms
         self.status = 0
 
     async def send(self, message: Message) -> None:
@@ -162,14 +171,9 @@ class _Visit:
             headers["X-Request-ID"] = self._id
             for name, value in _SAFE.items():
                 headers.setdefault(name, value)
-            if self._leaving():
+            if self.rooms.batcher.leaving:
                 headers["Connection"] = "close"  # or the client's next call would meet a closed door
         await self._send(message)
-
-
-def _metrics(scope: Scope) -> Metrics:
-    metrics: Metrics = scope["app"].state.rooms.metrics
-    return metrics
 
 
 def _route(scope: Scope) -> str:
@@ -180,25 +184,25 @@ def _route(scope: Scope) -> str:
     return scope["path"] if scope["path"] == scope["app"].openapi_url else "unmatched"
 
 
-def patience_of(headers: Headers) -> float | None:
+def patience_of(headers: Mapping[str, str]) -> float | None:
     """Return the seconds after which a call with `X-Deadline-Ms` is given up, None for those without.
 
     Calls with images keep the deadline themselves, image by image; they get a little longer here, to say so.
     """
     try:
-        given = float(headers["x-deadline-ms"])
-    except (KeyError, ValueError):
+        given = float(headers.get("x-deadline-ms", math.inf))
+    except ValueError:
         return None
     return given / 1000 + _GRACE_S if 0 < given < math.inf else None
 
 
-def _length(headers: Headers) -> int:
+def _length(headers: Mapping[str, str]) -> int:
     """Return the length that a body is said to have; 0 where nothing sensible is said, since it is counted anyway."""
     told = headers.get("content-length", "")
     return int(told) if told.isascii() and told.isdigit() and len(told) <= _LONGEST_LENGTH else 0
 
 
-def _request_id(headers: Headers, span: RequestSpan | None) -> str:
+def _request_id(headers: Mapping[str, str], span: RequestSpan | None) -> str:
     """Return what the caller calls this request, where that is sane: its trace, or an id; else a new id, or trace."""
     trace = _TRACEPARENT.fullmatch(headers.get("traceparent", ""))
     if trace:
