@@ -7,9 +7,10 @@ ImageFault
 
 Every function here may run in any number of threads at once and sets nothing global. That is why `PIL.Image.open` is
 not used: it guesses among parsers, and it warns of large pictures by a module-wide limit and module-wide warning
-filters. The first bytes name the format instead, exactly one parser of an allowed format is shown the data, and
-`max_pixels` is compared with the header before a pixel is decoded. `PIL.Image.MAX_IMAGE_PIXELS` may keep its default;
-only where `max_pixels` is set above twice that (179 million) do Pillow's own checks of WebP refuse first.
+filters. The first bytes name the format instead, exactly one parser of an allowed format is shown the data (of a small
+JPEG with an ordinary head, its decoder alone), and `max_pixels` is compared with the header before a pixel is decoded.
+`PIL.Image.MAX_IMAGE_PIXELS` may keep its default; only where `max_pixels` is set above twice that (179 million) do
+Pillow's own checks of WebP refuse first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, ClassVar
@@ -164,6 +166,11 @@ def decode(data: bytes, limits: ImageLimits, room: int = sys.maxsize) -> Image.I
         if kind == "WEBP":  # its parser takes the memory of two pictures as soon as it sees a file
             _refuse_large(_webp_size(data), limits)
             _refuse_heavy(_webp_size(data), _WEBP_BYTES, room)
+        if kind == "JPEG" and (size := _ordinary_size(data)):
+            _refuse_large(size, limits)
+            _refuse_heavy(size, _BASELINE_BYTES, room)
+            with suppress(ValueError):  # of a broken one the parser says what is wrong
+                return Image.frombytes("RGB", size, data, "jpeg", "RGB", "")
         with _PARSERS[kind](BytesIO(data)) as image:
             _refuse_large(image.size, limits)
             _refuse_heavy(image.size, _bytes_a_pixel(image, kind), room)
@@ -268,9 +275,10 @@ def _bytes_a_pixel(image: ImageFile, kind: str) -> int:
     """Return about what decoding takes, converting to upright RGB included."""
     if kind == "WEBP":
         return _WEBP_BYTES
-    return 12 if "progressive" in image.info else 8
+    return 12 if "progressive" in image.info else _BASELINE_BYTES
 
 
+_BASELINE_BYTES = 8
 _WEBP_BYTES = 16
 
 
@@ -296,7 +304,7 @@ def _refuse_busy(data: bytes, kind: str) -> None:
     Raises:
         ImageUnreadable: a JPEG has too many segments or scans, or a PNG too many chunks.
     """
-    if kind == "JPEG":
+    if kind == "JPEG" and not _has_few_markers(data):
         segments = scans = 0
         for is_scan in _jpeg_segments(data):
             segments, scans = segments + 1, scans + is_scan
@@ -310,6 +318,11 @@ def _refuse_busy(data: bytes, kind: str) -> None:
 
 
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # those that start a segment, or end the picture
+
+
+def _has_few_markers(data: bytes) -> bool:
+    """Return whether a small JPEG has fewer markers, and so segments and scans, than would be too many of either."""
+    return len(data) <= _SMALL and len(_JPEG_MARKER.findall(data)) <= MAX_JPEG_SCANS
 
 
 def _jpeg_segments(data: bytes) -> Iterator[bool]:
@@ -334,6 +347,35 @@ def _png_chunks(data: bytes) -> Iterator[int]:
         count += 1
         yield count
         at += 12 + int.from_bytes(data[at : at + 4], "big")
+
+
+# Small JPEGs ----------------------------------------------------------------------------------------------------------
+
+_SMALL = 65_536
+"""Bytes of a file that Pillow hands to its decoder in one piece. Of a larger one the decoder takes nearly all time."""
+
+# Quantisation tables of 8 bits, and three colours of 8 bits that are coded in one pass.
+_ORDINARY_HEAD = re.compile(
+    rb"\xff\xd8\xff\xe0\0\x10JFIF\0.{9}(?:\xff\xdb\0\x43[\0-\3].{64})+\xff\xc0\0\x11\x08(..)(..)\x03.{9}", re.DOTALL
+)
+_HUFFMAN_TABLES = b"\xff\xc4"
+_SCAN_HEAD = re.compile(rb"\xff\xda\0\x0c\x03.{9}", re.DOTALL)
+
+
+def _ordinary_size(data: bytes) -> tuple[int, int] | None:
+    """Return width and height of a small JPEG with nothing in its head but what decoding needs; of any other None.
+
+    Of such a file the decoder alone makes the same pixels at about half the price: Pillow's parser is Python. Most
+    programs write such files; one with a comment or a description in it is none.
+    """
+    head = _ORDINARY_HEAD.match(data) if len(data) <= _SMALL else None
+    if head is None:
+        return None
+    at = head.end()
+    while data.startswith(_HUFFMAN_TABLES, at):
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    height, width = int.from_bytes(head[1], "big"), int.from_bytes(head[2], "big")
+    return (width, height) if width and height and _SCAN_HEAD.match(data, at) else None
 
 
 # The parsers ----------------------------------------------------------------------------------------------------------

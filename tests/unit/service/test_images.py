@@ -6,7 +6,7 @@ import struct
 import sys
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -56,6 +56,20 @@ def test_a_lossless_picture_is_decoded_exactly(make: Callable[[], bytes]) -> Non
 def test_a_jpeg_is_decoded_as_pillow_does_it(options: dict[str, bool]) -> None:
     data = pictures.jpeg(**options)
     assert np.abs(pixels(data) - np.asarray(pictures.scene(), np.int32)).mean() < 3
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"quality": 20}, {"subsampling": 0}, {"optimize": True}], ids=["usual", "poor", "full", "optimised"]
+)
+def test_a_small_jpeg_has_the_pixels_that_its_parser_would_give_it(
+    options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pictures.encoded(pictures.noise(93, 61), "JPEG", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "_ordinary_size", lambda _: None)
+        by_parser = decode(data, LIMITS).tobytes()
+    monkeypatch.setattr(images, "_PARSERS", {})
+    assert decode(data, LIMITS).tobytes() == by_parser
 
 
 def test_a_grey_jpeg_has_three_equal_channels() -> None:
@@ -425,6 +439,49 @@ def test_damaged_files_are_developed_or_refused_and_nothing_else(data: bytes, se
                 assert str(fault).endswith(".")  # noqa: PT017 - either outcome is right
             else:
                 assert developed.pixels.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("room", [5000, sys.maxsize])
+def test_a_small_jpeg_with_a_damaged_head_has_the_verdict_that_its_parser_would_give_it(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verdict(data: bytes) -> object:
+        try:
+            return decode(data, ImageLimits(max_pixels=10**6), room).tobytes()
+        except (ImageFault, images.Heavy) as refusal:
+            return type(refusal), str(refusal)
+
+    data = pictures.encoded(pictures.noise(40, 17), "JPEG")
+    assert images._ordinary_size(data) == (40, 17)
+    sent = [data, *head_damaged(data)]
+    verdicts = [verdict(each) for each in sent]
+    monkeypatch.setattr(images, "_ordinary_size", lambda _: None)
+    monkeypatch.setattr(images, "_has_few_markers", lambda _: False)
+    assert verdicts == [verdict(each) for each in sent]
+
+
+def head_damaged(data: bytes) -> Iterator[bytes]:
+    """Yield a JPEG cut short, with one other byte, and with an odd segment more, everywhere before its pixels."""
+    end = data.index(b"\xff\xda") + 14
+    for at in range(3, end):
+        yield data[:at]
+        yield from (data[:at] + bytes([other]) + data[at + 1 :] for other in (0, 1, 3, 0x43, 0xFF))
+        if data[at] == 0xFF:
+            yield from (data[:at] + odd + data[at:] for odd in ODD_SEGMENTS)
+
+
+ODD_SEGMENTS = (
+    b"\xff",
+    b"\xff\x01",
+    b"\xff\xd9",
+    b"\xff\xe0\0\x06JFIF",
+    b"\xff\xe1\0\x08Exif\0\0",
+    b"\xff\xed\0\x16Photoshop 3.0\x008BIM\0\0",
+    b"\xff\xee\0\x0eAdobe\0d\0\0\0\0\0",
+    b"\xff\xc4\0\0",
+    b"\xff\xdb\0\2",
+    b"\xff\xda\0\2",
+)
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
