@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .frozen import Frozen, as_statistics, trust
 from .static import StaticMemory
-from .statistics import SHARPER, TEMPERATURES, Statistics, counted
+from .statistics import SHARPER, TEMPERATURES, Counted, Running, Statistics
 from .whitening import cosines, precision
 
 ANCHOR = 0.5
@@ -79,7 +79,7 @@ class Directions:
 class Adaptation:
     """What a tenant with the method `auto` has beside its memories.
 
-    `text` are the class weights, `shots` the statistics of the labelled shots, `statistics` those of traffic, and
+    `text` are the class weights, `shots` the statistics of the labelled shots, `total` those of traffic, and
     `directions` what was made of both when `made_at` images had been counted.
     """
 
@@ -87,7 +87,7 @@ class Adaptation:
     text: Float[Tensor, "c d"]
     frozen: Frozen
     shots: Statistics
-    statistics: Statistics
+    total: Running
     directions: Directions
     made_at: int
 
@@ -98,46 +98,63 @@ class Adaptation:
         """Return the adaptation of a label set and its shots, with what was counted before, if anything."""
         shots = as_statistics(static, text)
         known = Statistics.zeros(*text.shape, device=text.device) if statistics is None else statistics
-        frozen = trust(static, shots, text, tau)
+        frozen, total = trust(static, shots, text, tau), Running.of(known)
         return Adaptation(
             tau=tau,
             text=text,
             frozen=frozen,
             shots=shots,
-            statistics=known,
+            total=total,
             directions=_directions(text, frozen, shots, known, tau),
-            made_at=int(known.images),
+            made_at=total.images,
         )
 
     def known(self, statistics: Statistics, *, anew: bool = False) -> Adaptation:
         """Return the adaptation with other statistics; directions are made anew if enough images came to them."""
-        now = int(statistics.images)
-        if self.made_at <= now < _next(self.made_at) and not anew:
-            return replace(self, statistics=statistics)
-        made = _directions(self.text, self.frozen, self.shots, statistics, self.tau)
-        return replace(self, statistics=statistics, directions=made, made_at=now)
+        return self._with(Running.of(statistics), anew=anew)
+
+    def counting(self, counted: Counted) -> Adaptation:
+        """Return the adaptation with some images more; directions are made anew if these are enough."""
+        return self._with(self.total.put(counted))
+
+    def _with(self, total: Running, *, anew: bool = False) -> Adaptation:
+        if self.made_at <= total.images < _next(self.made_at) and not anew:
+            return replace(self, total=total)
+        total = total.settled()
+        made = _directions(self.text, self.frozen, self.shots, total.added, self.tau)
+        return replace(self, total=total, directions=made, made_at=total.images)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The statistics of traffic, added up."""
+        return self.total.whole
+
+    @property
+    def images(self) -> int:
+        """How many images of traffic were counted."""
+        return self.total.images
 
     @property
     def behind(self) -> bool:
         """Whether images were counted since directions were made."""
-        return self.made_at != int(self.statistics.images)
+        return self.made_at != self.images
 
     @property
     def nbytes(self) -> int:
         """Bytes held; the class weights are the label set's own."""
-        return self.shots.nbytes + self.statistics.nbytes + self.directions.nbytes + self.frozen.nbytes
+        return self.shots.nbytes + self.total.nbytes + self.directions.nbytes + self.frozen.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Adapted:
-    """Probabilities of the statistics alone and of everything together, one row an image; what was counted of them.
+    """Probabilities of the statistics alone and of everything together, one row an image; `counted` are their rows.
 
     `adaptation` is the one after these images.
     """
 
     statistics: Float[Tensor, "n c"]
     fused: Float[Tensor, "n c"]
-    counted: Statistics
+    counted: tuple[Counted, ...]
     adaptation: Adaptation
 
 
@@ -152,23 +169,23 @@ def adapt(
 
     `text` are log probabilities of the text head, `frozen` the scores of the frozen branches, Eq. (17).
     """
-    known = int(adaptation.statistics.images)
+    known = adaptation.images
     fresh = [own and known < FULL for own in count]
     responsible = _responsible(frozen)
     reference = frozen * adaptation.frozen.sharpness if adaptation.frozen.held_out else text
-    now, new, read = adaptation, None, []
+    now = adaptation
+    counted: list[Counted] = []
+    read = []
     for part in _parts(known, adaptation.made_at, fresh):
         z = _read(now.directions, x[part], responsible[part])
         level = _level(torch.add(text[part], z, alpha=now.directions.weight), reference[part])
         warm = level * math.exp(-now.directions.temperature)
         read.append(((now.tau * z).softmax(-1), warm.softmax(-1)))
         if any(fresh[part]):
-            more = _count(x[part], responsible[part], level, reference[part], fresh[part])
-            new = more if new is None else new + more
-            now = now.known(adaptation.statistics + new)
+            counted.append(_count(x[part], responsible[part], level, reference[part], fresh[part]))
+            now = now.counting(counted[-1])
     alone, fused = read[0] if len(read) == 1 else (torch.cat(rows) for rows in zip(*read, strict=True))
-    none = Statistics.zeros(*adaptation.text.shape, device=x.device) if new is None else new
-    return Adapted(statistics=alone, fused=fused, counted=none, adaptation=now)
+    return Adapted(statistics=alone, fused=fused, counted=tuple(counted), adaptation=now)
 
 
 def temperature(statistics: Statistics) -> float:
@@ -196,8 +213,7 @@ def _falls_to(level: float, above: Sequence[float]) -> float:
 
 def _responsible(frozen: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Return how much of an image each class takes, Eq. (18); what is next to nothing leaves a class as it is."""
-    shares = (SHARPER * frozen).softmax(-1)
-    return shares.masked_fill(shares < _NEGLIGIBLE, 0.0)
+    return torch.threshold((SHARPER * frozen).softmax(-1), _NEGLIGIBLE, 0.0)
 
 
 def _read(made: Directions, x: Float[Tensor, "n d"], responsible: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
@@ -211,7 +227,7 @@ def _read(made: Directions, x: Float[Tensor, "n d"], responsible: Float[Tensor, 
 
 def _level(logits: Float[Tensor, "n c"], reference: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
     """Return scores that spread over the classes as far as the reference's do, image by image."""
-    spread, wanted = (scores.std(-1, correction=0, keepdim=True) for scores in (logits, reference))
+    spread, wanted = torch.stack((logits, reference)).std(-1, correction=0, keepdim=True).unbind()
     return logits * (wanted / spread.clamp_min(_TINY))
 
 
@@ -221,12 +237,12 @@ def _count(
     level: Float[Tensor, "n c"],
     reference: Float[Tensor, "n c"],
     fresh: Sequence[bool],
-) -> Statistics:
+) -> Counted:
     if not all(fresh):
         rows = torch.tensor(fresh, device=x.device)
         x, responsible, level, reference = x[rows], responsible[rows], level[rows], reference[rows]
     sure, first = reference.softmax(-1).max(-1)
-    return counted(x, responsible, _agreed(level, first), sure)
+    return Counted(x=x, responsibilities=responsible, agreed=_agreed(level, first), sure=sure)
 
 
 def _agreed(level: Float[Tensor, "n c"], first: Int[Tensor, " n"]) -> Float[Tensor, "n k"]:
@@ -234,12 +250,12 @@ def _agreed(level: Float[Tensor, "n c"], first: Int[Tensor, " n"]) -> Float[Tens
 
     Of both: where much is changed, the first alone would make answers too sure, and the other too unsure.
     """
-    below = level - level.amax(-1, keepdim=True)
-    sharpness = torch.linspace(-_LEAST, -_MOST, TEMPERATURES, device=level.device).exp()[:, None]
+    sharpness = torch.linspace(-_LEAST, -_MOST, TEMPERATURES, device=level.device).exp()
+    two = torch.stack((first, level.argmax(-1)), 1)[:, :, None].expand(-1, -1, TEMPERATURES)
     some = max(1, _AT_ONCE // level.shape[1])
-    totals = torch.cat([(sharpness * part[:, None]).exp().sum(-1) for part in below.split(some)])
-    given = (sharpness.T * below.gather(1, first[:, None])).exp()
-    return (given + 1.0) / (2.0 * totals)
+    parts = zip(level.split(some), two.split(some), strict=True)
+    # The temperatures stand side by side, as processors like it: few classes alone fill no vector.
+    return torch.cat([(own[:, :, None] * sharpness).softmax(1).gather(1, both).mean(1) for own, both in parts])
 
 
 def _parts(known: int, made_at: int, fresh: Sequence[bool]) -> Iterator[slice]:

@@ -157,8 +157,9 @@ class _Shelf:
         if prepared.turned is not None:
             parts |= {f.name: getattr(prepared.turned, f.name) for f in fields(Turned)}
         rows = [self._row_of[index] if index in self._row_of else self._append(index) for index in classes]
+        places = torch.tensor(rows, device=barriers.device)
         for name, part in parts.items():
-            self._room(name, part)[rows] = part
+            self._room(name, part).index_copy_(0, places, part)
 
     def remove(self, index: int) -> None:
         """Drop a class; the last row takes its place."""

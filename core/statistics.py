@@ -9,7 +9,8 @@ order. All of them are sums and add up: replicas count apart, and what they coun
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float
@@ -64,19 +65,79 @@ class Statistics:
         return sum(getattr(self, field.name).nbytes for field in fields(Statistics))
 
 
-def counted(
-    x: Float[Tensor, "n d"],
-    responsibilities: Float[Tensor, "n c"],
-    agreed: Float[Tensor, "n k"],
-    sure: Float[Tensor, " n"],
-) -> Statistics:
-    """Return the statistics of some images, Eq. (18); responsibilities of an image sum to 1, or a little less."""
-    return Statistics(
-        sums=responsibilities.T @ x,
-        counts=responsibilities.sum(0),
-        total=x.sum(0),
-        second=x.T @ x,
-        images=x.new_tensor(float(len(x))),
-        agreed=agreed.sum(0),
-        sure=sure.sum(),
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counted:
+    """Images that are counted, one row each: feature, responsibilities, agreement and sureness, Eq. (18) and (22).
+
+    Responsibilities of an image sum to 1, or a little less.
+    """
+
+    x: Float[Tensor, "n d"]
+    responsibilities: Float[Tensor, "n c"]
+    agreed: Float[Tensor, "n k"]
+    sure: Float[Tensor, " n"]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def added_to(self, statistics: Statistics) -> Statistics:
+        """Return the statistics of these images and others."""
+        return Statistics(
+            sums=statistics.sums.addmm(self.responsibilities.T, self.x),
+            counts=statistics.counts + self.responsibilities.sum(0),
+            total=statistics.total + self.x.sum(0),
+            second=statistics.second.addmm(self.x.T, self.x),
+            images=statistics.images + len(self),
+            agreed=statistics.agreed + self.agreed.sum(0),
+            sure=statistics.sure + self.sure.sum(),
+        )
+
+
+LOOSE = 32
+"""Rows after which a running total adds them up: sums over D x D cost as much for one image as for so many."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Running:
+    """Statistics that grow image by image: `added` and, not added up yet, fewer than `LOOSE` rows; `images` in all.
+
+    Nothing is changed in place: who holds one keeps what it was.
+    """
+
+    added: Statistics
+    loose: tuple[Counted, ...]
+    images: int
+
+    @staticmethod
+    def of(statistics: Statistics) -> Running:
+        """Return a total that begins with these; it asks them how many images they are of."""
+        return Running(added=statistics, loose=(), images=int(statistics.images))
+
+    def put(self, counted: Counted) -> Running:
+        """Return the total with some images more."""
+        more = Running(added=self.added, loose=(*self.loose, counted), images=self.images + len(counted))
+        return more if sum(map(len, more.loose)) < LOOSE else more.settled()
+
+    def settled(self) -> Running:
+        """Return the same total with nothing loose."""
+        return self if not self.loose else replace(self, added=_joined(self.loose).added_to(self.added), loose=())
+
+    @property
+    def whole(self) -> Statistics:
+        """The statistics of all images."""
+        return self.settled().added
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, with as many loose rows as there may be, so that it stays the same while they come and go."""
+        classes, dim = self.added.sums.shape
+        row = dim + classes + TEMPERATURES + 1
+        return self.added.nbytes + (LOOSE - 1) * row * self.added.sums.itemsize
+
+
+def _joined(parts: Sequence[Counted]) -> Counted:
+    if len(parts) == 1:
+        return parts[0]
+    return Counted(
+        **{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Counted)}
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -38,7 +40,7 @@ def cosines(
 
 def _over(squares: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """Return 1 / sqrt of squared lengths, and 0 of those that are nothing."""
-    return squares.rsqrt().masked_fill(squares <= _NOTHING, 0.0)
+    return torch.threshold(squares, _NOTHING, math.inf).rsqrt()
 
 
 def _factor(shape: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:

@@ -569,14 +569,14 @@ def _rewrite(bank: Slots, own: dict[str, StoredSlot | None], dim: int) -> Slots:
 
     So the same slots give the same answers to the last bit, however they came together.
     """
-    kept = [slot for slot, id_ in enumerate(bank.ids) if id_ not in own]
     new = [slot for slot in own.values() if slot is not None]
-    keys = torch.cat((bank.keys[kept], stack_features(new, dim).to(bank.keys.device)))
-    entropies = (*(bank.entropies[slot] for slot in kept), *(slot.entropy for slot in new))
-    ids = (*(bank.ids[slot] for slot in kept), *(slot.id for slot in new))
-    order = sorted(range(len(ids)), key=lambda slot: (entropies[slot], ids[slot]))
+    entropies = (*bank.entropies, *(slot.entropy for slot in new))
+    ids = (*bank.ids, *(slot.id for slot in new))
+    held = [slot for slot, id_ in enumerate(ids) if slot >= len(bank) or id_ not in own]
+    order = sorted(held, key=lambda slot: (entropies[slot], ids[slot]))
+    keys = torch.cat((bank.keys, stack_features(new, dim).to(bank.keys.device)))
     return Slots(
-        keys=keys[order],
+        keys=keys.index_select(0, torch.tensor(order, dtype=torch.long, device=keys.device)),
         entropies=tuple(entropies[slot] for slot in order),
         ids=tuple(ids[slot] for slot in order),
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -221,7 +221,7 @@ class Desk:
             learned = await self._learn(hot, group, answers)
         if answers.adapted is not None:
             await self._worker.run(_count, hot, [waiting.question for waiting in group], answers.adapted)
-            self._metrics.counted.labels("counted").inc(float(answers.adapted.counted.images))
+            self._metrics.counted.labels("counted").inc(sum(map(len, answers.adapted.counted)))
         for waiting, own, one in zip(group, learned, said, strict=True):
             if waiting.future.done():
                 continue
@@ -275,8 +275,9 @@ class Desk:
             _learned(hot, waiting.question, write, verdicts.get(i), pending=i in pending)
             for i, (waiting, write) in enumerate(zip(group, answers.writes, strict=True))
         ]
+        for outcome, images in Counter(own.outcome for own in learned).items():
+            self._metrics.updates.labels(outcome).inc(images)
         for own in learned:
-            self._metrics.updates.labels(own.outcome).inc()
             self._metrics.entropy_nats.observe(own.entropy)
         return learned
 
@@ -364,23 +365,28 @@ def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple
         for q, count in zip(questions, _to_count(hot, questions), strict=True)
     ]
     answers = classify(hot.shelves, samples, _may_store(hot, room))
-    names = hot.names
-    likeliest = _choices(names, *answers.fused.topk(min(len(names), max(question.top_k for question in questions))))
-    firsts = _firsts(names, answers)
     said = [
         _Said(
             probabilities=p,
-            top=likeliest[i][: question.top_k],
-            firsts={branch: own[i] for branch, own in firsts.items()},
-            explanation=_explain(hot, question.views[:1], answers.seen[i]) if question.explain else None,
+            top=top[: question.top_k],
+            firsts=firsts,
+            explanation=_explain(hot, question.views[:1], seen) if question.explain else None,
         )
-        for i, (p, question) in enumerate(zip(answers.fused.cpu(), questions, strict=True))
+        for p, (top, firsts), seen, question in zip(
+            answers.fused.cpu(),
+            _choices(hot.names, answers, max(question.top_k for question in questions)),
+            answers.seen,
+            questions,
+            strict=True,
+        )
     ]
     return answers, said
 
 
-def _firsts(names: Sequence[str], answers: Answers) -> dict[str, list[Choice]]:
-    """Return the first choice of each branch that there is, for each image."""
+def _choices(
+    names: Sequence[str], answers: Answers, most: int
+) -> Iterator[tuple[tuple[Choice, ...], dict[str, Choice]]]:
+    """Yield each image's likeliest choices, so many at most, and the first choice of each branch that there is."""
     every = {
         "text": answers.text,
         "dynamic": answers.dynamic,
@@ -388,19 +394,12 @@ def _firsts(names: Sequence[str], answers: Answers) -> dict[str, list[Choice]]:
         "statistics": answers.statistics,
     }
     held = {branch: p for branch, p in every.items() if p is not None}
-    scores, places = torch.stack(list(held.values())).max(-1)
-    return {
-        branch: [choice for (choice,) in _choices(names, s[:, None], c[:, None])]
-        for branch, s, c in zip(held, scores, places, strict=True)
-    }
-
-
-def _choices(names: Sequence[str], scores: Tensor, places: Tensor) -> list[tuple[Choice, ...]]:
-    """Return the choices that rows of probabilities and of classes' positions stand for."""
-    return [
-        tuple(Choice(names[c], c, score) for score, c in zip(*row, strict=True))
-        for row in zip(scores.tolist(), places.tolist(), strict=True)
-    ]
+    likeliest, firsts = answers.fused.topk(min(len(names), most)), torch.stack(list(held.values()), 1).max(-1)
+    scores = torch.cat((firsts.values, likeliest.values), 1).tolist()
+    places = torch.cat((firsts.indices, likeliest.indices), 1).tolist()
+    for row in zip(scores, places, strict=True):
+        choices = [Choice(names[place], place, score) for score, place in zip(*row, strict=True)]
+        yield tuple(choices[len(held) :]), dict(zip(held, choices, strict=False))
 
 
 def _to_count(hot: HotMemory, questions: Sequence[Question]) -> list[bool]:
@@ -415,11 +414,12 @@ def _to_count(hot: HotMemory, questions: Sequence[Question]) -> list[bool]:
 
 def _count(hot: HotMemory, questions: Sequence[Question], adapted: Adapted) -> None:
     """Take in what was counted of a group that was answered; in the worker, where nobody reads meanwhile."""
-    if hot.tally is None or not float(adapted.counted.images):
+    if hot.tally is None or not adapted.counted:
         return
-    counted = [own.digest for own, count in zip(questions, _to_count(hot, questions), strict=True) if count]
-    hot.tally.add(adapted.counted)
-    hot.tally.remember(counted)
+    digests = [own.digest for own, count in zip(questions, _to_count(hot, questions), strict=True) if count]
+    for some in adapted.counted:
+        hot.tally.add(some)
+    hot.tally.remember(digests)
     hot.shelves.advance(replace(hot.snapshot, adaptation=adapted.adaptation))
 
 

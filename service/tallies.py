@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from core.errors import IncompatibleMemory
-from core.statistics import Statistics
+from core.statistics import Counted, Running, Statistics
 
 from .errors import StoreDown
 from .stores.base import Count, MemoryStore, ReloadNeeded, Stamp, StoredStatistics
@@ -51,7 +51,7 @@ class Tally:
     class_ids: tuple[str, ...]
     written: Statistics
     flying: Statistics
-    waiting: Statistics
+    waiting: Running
     others: dict[str, Statistics]
     seen: dict[str, int]
     exchanged_at: float
@@ -66,7 +66,7 @@ class Tally:
         """What all counters have counted."""
         with self.guard:
             every = {**self.others, self.counter: self.written}
-            new = self.flying, self.waiting
+            new = self.flying, self.waiting.whole
         # In the order in which a store adds them up, so that what it has gives the same sums to the last bit.
         first, *rest = (part for _, part in sorted(every.items()))
         for part in (*rest, *new):
@@ -80,18 +80,18 @@ class Tally:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
-        return 3 * self.written.nbytes + sum(part.nbytes for part in self.others.values())
+        """Bytes held, with as many loose rows as there may be."""
+        return 2 * self.written.nbytes + self.waiting.nbytes + sum(part.nbytes for part in self.others.values())
 
-    def add(self, counted: Statistics) -> None:
+    def add(self, counted: Counted) -> None:
         """Count some images."""
         with self.guard:
-            self.waiting = self.waiting + counted
+            self.waiting = self.waiting.put(counted)
 
     def send(self) -> None:
         """Put what waits on its way to the store."""
         with self.guard:
-            self.flying, self.waiting = self.waiting, self.none
+            self.flying, self.waiting = self.waiting.whole, Running.of(self.none)
 
     def land(self, seq: int) -> None:
         """Take what was on its way for written, by a write of that number."""
@@ -101,7 +101,7 @@ class Tally:
     def turn_back(self) -> None:
         """Let what was on its way wait again."""
         with self.guard:
-            self.waiting, self.flying = self.flying + self.waiting, self.none
+            self.waiting, self.flying = Running.of(self.flying + self.waiting.whole), self.none
 
     def rename(self) -> None:
         """Count on under another name; what was written is another's until it is read where it is now."""
@@ -154,7 +154,7 @@ def begin(
         class_ids=tuple(class_ids),
         written=none,
         flying=none,
-        waiting=none,
+        waiting=Running.of(none),
         others=others,
         seen=seen,
         exchanged_at=now,
@@ -238,7 +238,7 @@ class Ledger:
             await self._fold(tally, at, idle)
         return new
 
-    async def leave(self, tally: Tally, at: Stamp) -> float:
+    async def leave(self, tally: Tally, at: Stamp) -> int:
         """Write what a memory that is dropped has counted; return how many images had to be given up.
 
         These are of another epoch.
@@ -249,11 +249,11 @@ class Ledger:
         with suppress(ReloadNeeded):
             async with tally.turn:
                 await self._write(tally, at)
-        return float(tally.waiting.images)
+        return tally.waiting.images
 
     async def _write(self, tally: Tally, at: Stamp) -> None:
         """Write what the store does not have; under another name if what it had was put together with others'."""
-        if not float(tally.waiting.images):
+        if not tally.waiting.images:
             return
         tally.send()
         try:

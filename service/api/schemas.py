@@ -527,7 +527,7 @@ class AdaptationOut(_Out):
         """Return what a caller sees of it."""
         frozen, read = adaptation.frozen, adaptation.directions
         return AdaptationOut(
-            images=int(adaptation.statistics.images),
+            images=adaptation.images,
             shots_weight=frozen.weight,
             statistics_weight=read.weight,
             sharpness=frozen.sharpness,

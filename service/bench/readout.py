@@ -23,7 +23,7 @@ from core.dynamic import DynamicMemory
 from core.shelves import Shelves
 from core.snapshot import DEFAULT_BETA, Snapshot
 from core.static import Shots, StaticMemory
-from core.statistics import TEMPERATURES, counted
+from core.statistics import TEMPERATURES, Counted, Statistics
 
 TAU = 100.0
 
@@ -273,7 +273,8 @@ def _grown(world: World) -> Adaptation:
     """Return an adaptation after 64 images, whose directions are made anew when 32 more were counted."""
     snapshot, seen = world.snapshot, drawn(replace(world.problem, classes=1, batch=2 * REFRESH)).x
     none = seen.new_zeros(len(seen), TEMPERATURES)
-    known = counted(seen, (TAU * seen @ snapshot.text.T).softmax(-1), none, none[:, 0])
+    rows = Counted(x=seen, responsibilities=(TAU * seen @ snapshot.text.T).softmax(-1), agreed=none, sure=none[:, 0])
+    known = rows.added_to(Statistics.zeros(*snapshot.text.shape))
     return Adaptation.begin(snapshot.text, snapshot.static, TAU, known)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from core import adapted
 from core.adapted import Adaptation, Adapted, adapt, temperature
 from core.static import Shots, StaticMemory
-from core.statistics import TEMPERATURES, Statistics
+from core.statistics import LOOSE, TEMPERATURES, Counted, Statistics
 from tests import literal_auto
 
 
@@ -160,17 +160,27 @@ def test_images_that_do_not_count_leave_the_very_adaptation() -> None:
     adaptation = Adaptation.begin(text, static, 50.0)
     got = _scored(adaptation, x, [False] * 20)
     assert got.adaptation is adaptation
-    assert got.counted.images == 0
-    assert not got.counted.sums.any()
+    assert got.counted == ()
 
 
 def test_what_was_counted_is_what_was_added() -> None:
     text, static, x = _world(3, 6, 0, 50)
     start = _scored(Adaptation.begin(text, static, 50.0), x[:20]).adaptation
     got = _scored(start, x[20:])
+    both = start.statistics
+    for rows in got.counted:
+        both = rows.added_to(both)
+    assert got.adaptation.images == 20 + sum(map(len, got.counted)) == 50
     for field in fields(Statistics):
-        both = getattr(start.statistics + got.counted, field.name)
-        torch.testing.assert_close(getattr(got.adaptation.statistics, field.name), both)
+        torch.testing.assert_close(getattr(got.adaptation.statistics, field.name), getattr(both, field.name))
+
+
+def test_what_counts_nothing_makes_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, static, x = _world(3, 6, 1, 20)
+    adaptation = _scored(Adaptation.begin(text, static, 50.0), x[:5]).adaptation
+    monkeypatch.setattr(Statistics, "zeros", None)
+    monkeypatch.setattr(Counted, "added_to", None)
+    assert _scored(adaptation, x, [False] * 20).adaptation is adaptation
 
 
 def test_no_more_is_counted_than_float32_can_feel() -> None:
@@ -241,6 +251,7 @@ def test_features_may_be_longer_than_the_images_are_many() -> None:
 def test_bytes_are_those_of_its_tensors() -> None:
     text, static, _ = _world(3, 5, 2, 0)
     sums = 3 * 5 + 3 + 5 + 5 * 5 + 1 + TEMPERATURES + 1
+    loose = (LOOSE - 1) * (3 + 5 + TEMPERATURES + 1)
     read = 5 + 5 * 5 + 3 * 5 + 3
-    assert Adaptation.begin(text, static, 50.0).nbytes == 4 * (2 * sums + 2 * read)
-    assert Adaptation.begin(text, StaticMemory.empty(3, 5), 50.0).nbytes == 4 * (2 * sums + read)
+    assert Adaptation.begin(text, static, 50.0).nbytes == 4 * (2 * sums + loose + 2 * read)
+    assert Adaptation.begin(text, StaticMemory.empty(3, 5), 50.0).nbytes == 4 * (2 * sums + loose + read)

@@ -16,6 +16,7 @@ from core.classify import Sample, classify
 from core.codec import decode_feature, encode_feature
 from core.dynamic import DynamicMemory
 from core.numerics import unit
+from core.statistics import TEMPERATURES, Counted
 from service.archive import Archive, HotMemory
 from service.errors import FingerprintMismatch, NoClasses, StoreAway, StoreDown, UnknownTenant
 from service.metrics import Metrics
@@ -738,14 +739,14 @@ async def test_a_dropped_memory_is_loaded_anew(cellar: Cellar) -> None:
 
 
 async def test_memories_that_come_and_go_leave_one_counter_each_and_few_that_wait_to_be_written() -> None:
-    cellar = Cellar(max_bytes=1)
+    cellar, no = Cellar(max_bytes=1), torch.zeros(1, TEMPERATURES)
     names = [f"tenant-{n}" for n in range(20)]
     for tenant in names:
         await cellar.create(tenant, "red")
     for tenant in names * 3:
         async with cellar.archive.open(tenant) as hot:
             assert hot.tally is not None
-            hot.tally.add(replace(hot.tally.none, images=torch.tensor(1.0)))
+            hot.tally.add(Counted(x=torch.zeros(1, DIM), responsibilities=torch.ones(1, 1), agreed=no, sure=no[:, 0]))
         assert len(cellar.archive._left) <= 10
     await cellar.archive.settle(everything=True)
     for tenant in names:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core.errors import IncompatibleMemory
-from core.statistics import TEMPERATURES, Statistics
+from core.statistics import LOOSE, TEMPERATURES, Counted, Statistics
 from service.errors import StoreAway
 from service.stores.base import Count, ReloadNeeded, Stamp, StoredStatistics
 from service.stores.memory import InProcessStore
@@ -24,22 +24,19 @@ DIM = 4
 LIKE = torch.zeros(len(IDS), DIM)
 
 
-def some(seed: int, images: int = 3) -> Statistics:
-    """Return statistics of whole numbers, which add up exactly in any order."""
+def rows(seed: int, images: int = 3) -> Counted:
+    """Return images of whole numbers, whose sums are exact in any order."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*size: int) -> torch.Tensor:
-        return torch.randint(1, 9, size, generator=generator).float()
+        return torch.randint(1, 9, (images, *size), generator=generator).float()
 
-    return Statistics(
-        sums=drawn(len(IDS), DIM),
-        counts=drawn(len(IDS)),
-        total=drawn(DIM),
-        second=drawn(DIM, DIM),
-        images=torch.tensor(float(images)),
-        agreed=drawn(TEMPERATURES),
-        sure=drawn(),
-    )
+    return Counted(x=drawn(DIM), responsibilities=drawn(len(IDS)), agreed=drawn(TEMPERATURES), sure=drawn())
+
+
+def some(seed: int, images: int = 3) -> Statistics:
+    """Return the statistics of these images."""
+    return rows(seed, images).added_to(Statistics.zeros(len(IDS), DIM))
 
 
 def same(one: Statistics, other: Statistics) -> bool:
@@ -162,7 +159,7 @@ def test_the_feature_size_is_read_from_how_many_numbers_are_of_no_class(dim: int
 async def test_what_was_counted_does_not_depend_on_who_counted_it(desk: Desk, split: Sequence[int]) -> None:
     tallies = [await desk.tally() for _ in range(4)]
     for seed, who in enumerate(split):
-        tallies[who].add(some(seed))
+        tallies[who].add(rows(seed))
     await desk.exchange(*tallies)
     await desk.exchange(*tallies)
     wanted = added(*(some(seed) for seed in range(4)))
@@ -172,17 +169,17 @@ async def test_what_was_counted_does_not_depend_on_who_counted_it(desk: Desk, sp
 async def test_an_exchange_says_whether_anything_came_of_it(desk: Desk) -> None:
     one, other = await desk.tally(), await desk.tally()
     assert await desk.exchange(one, other) == [False, False]
-    one.add(some(1))
+    one.add(rows(1))
     assert await desk.exchange(one, other, one, other) == [False, True, False, False]
 
 
 async def test_images_counted_while_a_write_is_under_way_are_in_the_next_one(desk: Desk) -> None:
     tally = await desk.tally()
-    tally.add(some(1))
+    tally.add(rows(1))
     desk.store.gate.clear()
     under_way = asyncio.create_task(desk.exchange(tally))
     await desk.store.reached.wait()
-    tally.add(some(2))
+    tally.add(rows(2))
     assert same(tally.total, added(some(1), some(2)))
     desk.store.gate.set()
     await under_way
@@ -194,11 +191,11 @@ async def test_images_counted_while_a_write_is_under_way_are_in_the_next_one(des
 
 async def test_two_who_write_a_tally_at_once_lose_nothing_and_write_nothing_twice(desk: Desk) -> None:
     tally = await desk.tally()
-    tally.add(some(1))
+    tally.add(rows(1))
     desk.store.gate.clear()
     first = asyncio.create_task(desk.exchange(tally))
     await desk.store.reached.wait()
-    tally.add(some(2))
+    tally.add(rows(2))
     second = asyncio.create_task(desk.exchange(tally))
     desk.store.gate.set()
     await asyncio.gather(first, second)
@@ -209,11 +206,11 @@ async def test_two_who_write_a_tally_at_once_lose_nothing_and_write_nothing_twic
 
 async def test_a_write_that_fails_leaves_everything_to_be_written(desk: Desk) -> None:
     tally = await desk.tally()
-    tally.add(some(1))
+    tally.add(rows(1))
     desk.store.away = True
     with pytest.raises(StoreAway):
         await desk.exchange(tally)
-    tally.add(some(2))
+    tally.add(rows(2))
     assert same(tally.total, added(some(1), some(2)))
     desk.store.away = False
     await desk.exchange(tally)
@@ -225,15 +222,15 @@ async def test_a_write_that_fails_leaves_everything_to_be_written(desk: Desk) ->
 async def test_a_write_whose_answer_is_lost_is_not_counted_twice(desk: Desk, before: int, failures: int) -> None:
     tally, parts = await desk.tally(), [some(seed) for seed in range(4)]
     if before:
-        tally.add(parts[0])
+        tally.add(rows(0))
         await desk.exchange(tally)
     desk.store.silent = True
     for seed in range(failures):
-        tally.add(parts[1 + seed])
+        tally.add(rows(1 + seed))
         with pytest.raises(StoreAway):
             await desk.exchange(tally)
     desk.store.silent = False
-    tally.add(parts[3])
+    tally.add(rows(3))
     await desk.exchange(tally)
     wanted = added(*parts[1 - before : 1 + failures], parts[3])
     assert same(await desk.store.total(), wanted)
@@ -243,7 +240,7 @@ async def test_a_write_whose_answer_is_lost_is_not_counted_twice(desk: Desk, bef
 
 async def test_a_write_that_is_cancelled_leaves_everything_to_be_written(desk: Desk) -> None:
     tally = await desk.tally()
-    tally.add(some(1))
+    tally.add(rows(1))
     desk.store.gate.clear()
     under_way = asyncio.create_task(desk.exchange(tally))
     await desk.store.reached.wait()
@@ -256,7 +253,7 @@ async def test_a_write_that_is_cancelled_leaves_everything_to_be_written(desk: D
 
 async def test_what_belongs_to_another_epoch_is_not_written(desk: Desk) -> None:
     tally, old = await desk.tally(), desk.stamp
-    tally.add(some(1))
+    tally.add(rows(1))
     await desk.open()
     with pytest.raises(ReloadNeeded):
         await desk.ledger.exchange(tally, old)
@@ -266,7 +263,7 @@ async def test_what_belongs_to_another_epoch_is_not_written(desk: Desk) -> None:
 
 async def test_who_leaves_while_the_store_is_away_may_come_again(desk: Desk) -> None:
     tally = await desk.tally()
-    tally.add(some(1))
+    tally.add(rows(1))
     desk.store.away = True
     with pytest.raises(StoreAway):
         await desk.ledger.leave(tally, desk.stamp)
@@ -274,6 +271,51 @@ async def test_who_leaves_while_the_store_is_away_may_come_again(desk: Desk) -> 
     await desk.ledger.leave(tally, desk.stamp)
     await desk.ledger.leave(tally, desk.stamp)
     assert same(await desk.store.total(), some(1))
+
+
+# Rows that are not added up yet ---------------------------------------------------------------------------------------
+
+
+ON_ITS_WAY = {
+    "sent and landed": ("send", "land"),
+    "sent and turned back": ("send", "turn_back"),
+    "sent": ("send",),
+    "renamed": ("rename",),
+    "sent under another name": ("send", "rename", "land"),
+}
+
+
+@pytest.mark.parametrize("steps", ON_ITS_WAY.values(), ids=list(ON_ITS_WAY))
+@pytest.mark.parametrize("images", [1, LOOSE - 1, LOOSE, 3 * LOOSE])
+async def test_nothing_is_lost_or_counted_twice_whatever_happens_while_rows_are_loose(
+    desk: Desk, images: int, steps: Sequence[str]
+) -> None:
+    tally, wanted = await desk.tally(), added()
+    for turn in range(3):
+        for step in ("", *steps):
+            seed = 10 * turn + len(step)
+            tally.add(rows(seed, images))
+            wanted = wanted + some(seed, images)
+            if step == "land":
+                tally.land(tally.seq + 1)
+            elif step:
+                getattr(tally, step)()
+            assert same(tally.total, wanted)
+        if "land" not in steps:
+            tally.turn_back()
+    tally.send()
+    assert tally.waiting.images == 0
+    assert same(tally.total, wanted)
+
+
+async def test_loose_rows_do_not_change_how_much_a_tally_holds(desk: Desk) -> None:
+    tally = await desk.tally()
+    before = tally.nbytes
+    for seed in range(LOOSE - 1):
+        tally.add(rows(seed, 1))
+        assert tally.nbytes == before
+    held = sum(getattr(row, field.name).nbytes for row in tally.waiting.loose for field in fields(Counted))
+    assert held == before - 3 * tally.none.nbytes
 
 
 # Folding --------------------------------------------------------------------------------------------------------------
@@ -286,7 +328,7 @@ async def counts(desk: Desk) -> Mapping[str, Count]:
 async def test_counters_that_processes_left_behind_are_put_together(desk: Desk) -> None:
     gone = [await desk.tally() for _ in range(12)]
     for seed, tally in enumerate(gone):
-        tally.add(some(seed))
+        tally.add(rows(seed))
     await desk.exchange(*gone)
     wanted, alive = added(*map(some, range(12))), await desk.tally()
     desk.store.now += 61
@@ -300,7 +342,7 @@ async def test_counters_that_processes_left_behind_are_put_together(desk: Desk) 
 async def test_few_counters_or_busy_ones_are_left_as_they_are(desk: Desk) -> None:
     tallies = [await desk.tally() for _ in range(9)]
     for seed, tally in enumerate(tallies):
-        tally.add(some(seed))
+        tally.add(rows(seed))
     await desk.exchange(*tallies)
     await desk.exchange(*tallies)
     assert len(await counts(desk)) == 9
@@ -308,12 +350,12 @@ async def test_few_counters_or_busy_ones_are_left_as_they_are(desk: Desk) -> Non
 
 async def test_a_counter_that_was_folded_goes_on_under_another_name_and_counts_nothing_twice(desk: Desk) -> None:
     tally, other = await desk.tally(), await desk.tally()
-    tally.add(some(1))
-    other.add(some(2))
+    tally.add(rows(1))
+    other.add(rows(2))
     await desk.exchange(tally, other, tally)
     assert await desk.store.fold("zoo", desk.stamp, await counts(desk), "sum")
     name = tally.counter
-    tally.add(some(3))
+    tally.add(rows(3))
     await desk.exchange(tally, other)
     wanted = added(some(1), some(2), some(3))
     assert tally.counter != name
@@ -325,10 +367,10 @@ async def test_a_counter_that_was_folded_goes_on_under_another_name_and_counts_n
 
 async def test_a_folded_counter_keeps_its_counts_while_it_cannot_read_where_they_are(desk: Desk) -> None:
     tally = await desk.tally()
-    tally.add(some(1))
+    tally.add(rows(1))
     await desk.exchange(tally)
     assert await desk.store.fold("zoo", desk.stamp, await counts(desk), "sum")
-    tally.add(some(2))
+    tally.add(rows(2))
     await desk.ledger.leave(tally, desk.stamp)
     assert same(tally.total, added(some(1), some(2)))
 
@@ -341,7 +383,7 @@ async def test_a_memory_that_comes_again_goes_on_with_its_counter(desk: Desk) ->
     for seed in range(5):
         tally = await desk.tally(own)
         assert same(tally.total, wanted)
-        tally.add(some(seed))
+        tally.add(rows(seed))
         wanted = wanted + some(seed)
         await desk.ledger.leave(tally, desk.stamp)
         own = tally.counter, tally.seq
@@ -351,10 +393,10 @@ async def test_a_memory_that_comes_again_goes_on_with_its_counter(desk: Desk) ->
 
 async def test_a_counter_that_was_folded_or_written_meanwhile_is_not_gone_on_with(desk: Desk) -> None:
     first = await desk.tally()
-    first.add(some(1))
+    first.add(rows(1))
     await desk.ledger.leave(first, desk.stamp)
     own = first.counter, first.seq
-    first.add(some(2))
+    first.add(rows(2))
     await desk.ledger.leave(first, desk.stamp)
     assert (await desk.tally(own)).counter != first.counter
     assert await desk.store.fold("zoo", desk.stamp, await counts(desk), "sum")
