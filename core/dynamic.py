@@ -66,10 +66,11 @@ def propose(memory: DynamicMemory, candidate: Candidate) -> SlotWrite:
         return _repeat(own, candidate)
     if len(own) < memory.slots:
         return SlotWrite(outcome=Outcome.FILLED, candidate=candidate, slot=len(own))
-    worst = max(range(len(own)), key=lambda slot: (own.entropies[slot], own.ids[slot]), default=None)
-    if worst is None or (candidate.entropy, candidate.id) > (own.entropies[worst], own.ids[worst]):
+    worst = max(zip(own.entropies, own.ids, strict=True), default=None)
+    if worst is None or (candidate.entropy, candidate.id) > worst:
         return SlotWrite(outcome=Outcome.REJECTED, candidate=candidate)
-    return SlotWrite(outcome=Outcome.REPLACED, candidate=candidate, slot=worst, evicted=own.ids[worst])
+    evicted = worst[1]
+    return SlotWrite(outcome=Outcome.REPLACED, candidate=candidate, slot=own.ids.index(evicted), evicted=evicted)
 
 
 def apply(memory: DynamicMemory, write: SlotWrite) -> DynamicMemory:
