@@ -162,7 +162,7 @@ class Settings(BaseSettings):
         256, description="of these, of one tenant; beside others no more than an equal share"
     )
     batch_images: int = Field(
-        0, ge=0, description="images times views an encode batch; 0: 32, and 8 on a CPU, which is no faster with more"
+        0, ge=0, description="images times views an encode batch; 0: 32, and 8 on a CPU, where batches take long"
     )
     batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
     max_wait_ms: float = Field(
