@@ -365,8 +365,8 @@ _SCAN_HEAD = re.compile(rb"\xff\xda\0\x0c\x03.{9}", re.DOTALL)
 def _ordinary_size(data: bytes) -> tuple[int, int] | None:
     """Return width and height of a small JPEG with nothing in its head but what decoding needs; of any other None.
 
-    Of such a file the decoder alone makes the same pixels at about half the price: Pillow's parser is Python. Most
-    programs write such files; one with a comment or a description in it is none.
+    Of such a file the decoder alone makes the same pixels at about half the price: Pillow's parser is Python. One with
+    a comment or a description in it is none.
     """
     head = _ORDINARY_HEAD.match(data) if len(data) <= _SMALL else None
     if head is None:

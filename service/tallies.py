@@ -88,6 +88,11 @@ class Tally:
         with self.guard:
             self.waiting = self.waiting.put(counted)
 
+    def settle(self) -> None:
+        """Add up what waits, which takes a worker; `send` then has next to nothing left to add."""
+        with self.guard:
+            self.waiting = self.waiting.settled()
+
     def send(self) -> None:
         """Put what waits on its way to the store."""
         with self.guard:
@@ -255,6 +260,7 @@ class Ledger:
         """Write what the store does not have; under another name if what it had was put together with others'."""
         if not tally.waiting.images:
             return
+        await self._worker.run(tally.settle)
         tally.send()
         try:
             seq = await self._send(tally, at)

@@ -122,7 +122,8 @@ async def _scored_anew(
     if snapshot.adaptation is None:
         return banks, None
     ids = [spec.id for spec in config.classes]
-    return banks, await rooms.worker.run(encode, snapshot.adaptation.statistics, ids)
+    adaptation = snapshot.adaptation
+    return banks, await rooms.worker.run(lambda: encode(adaptation.statistics, ids))
 
 
 def _scored(

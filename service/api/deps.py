@@ -129,7 +129,7 @@ def json_answer(
     told: BaseModel | Mapping[str, object], digest: str, status: int = 200, *, final: bool = True
 ) -> Remembered:
     """Return a model, or what one would say, as an answer that can be kept, if it is `final`."""
-    body = to_json(told)
+    body = to_json(told, inf_nan_mode="null")
     return Remembered(digest=digest, status=status, media_type="application/json", body=body, final=final)
 
 

@@ -39,7 +39,7 @@ async def _passed_on(self: Shortcut, scope: Scope, receive: Receive, send: Send)
     await self._app(scope, receive, send)
 
 
-def told(answer: httpx.Response) -> tuple[int, dict[str, str], Any]:
+def told_of(answer: httpx.Response) -> tuple[int, dict[str, str], Any]:
     """Return an answer without what differs between any two."""
     headers = {name: value for name, value in answer.headers.items() if name not in ("x-request-id", "server-timing")}
     headers.pop("content-length", None)  # the ids of requests are in it
@@ -57,7 +57,32 @@ async def test_a_call_is_answered_as_by_the_framework(
         await house.put()
     own = await ours.client.request(**asked)
     monkeypatch.setattr(Shortcut, "__call__", _passed_on)
-    assert told(own) == told(await theirs.client.request(**asked))
+    assert told_of(own) == told_of(await theirs.client.request(**asked))
+
+
+OURS, NOBODYS = (("Authorization", f"Bearer {key}") for key in ("correct-horse-battery-staple", "dmn_nobody_s"))
+HEADERS: dict[str, list[tuple[str, str]]] = {
+    "no key": [],
+    "a key": [OURS],
+    "nobody's key": [NOBODYS],
+    "two keys": [OURS, NOBODYS],
+    "two tenants": [OURS, ("X-Tenant", "default"), ("X-Tenant", "other")],
+    "two tenants, nobody's first": [OURS, ("X-Tenant", "nobody"), ("X-Tenant", "default")],
+}
+
+
+@pytest.mark.parametrize("headers", HEADERS.values(), ids=HEADERS)
+async def test_a_call_with_keys_is_let_in_as_by_the_framework(
+    build: Build, monkeypatch: pytest.MonkeyPatch, headers: list[tuple[str, str]]
+) -> None:
+    ours, theirs = [await build(auth="keys", operator_key=OURS[1].removeprefix("Bearer ")) for _ in range(2)]
+    for house in (ours, theirs):
+        told = await house.client.put("/tenants/default", json={"classes": ["red"]}, headers=[OURS])
+        assert told.status_code == 200
+    call: dict[str, Any] = {**JPEG, "headers": [("Content-Type", "image/jpeg"), *headers]}
+    own = await ours.client.post("/classify", **call)
+    monkeypatch.setattr(Shortcut, "__call__", _passed_on)
+    assert told_of(own) == told_of(await theirs.client.post("/classify", **call))
 
 
 async def test_an_error_that_nobody_expected_is_a_problem_of_ours(
