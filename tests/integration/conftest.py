@@ -25,6 +25,7 @@ from pytest_asyncio import is_async_test
 from torch import Tensor
 
 from core.encoder import Encoder
+from service import adapt
 from service.app import create_app, open_rooms
 from service.rooms import Rooms
 from service.settings import Settings
@@ -203,6 +204,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _in_its_own_time() -> Iterator[None]:
+    """Let a change wait for the upkeep that it causes: on a machine that stalls, a moment is too short for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapt, "_SOON_S", PATIENCE_S)
+        yield
 
 
 @asynccontextmanager
