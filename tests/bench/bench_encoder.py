@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -32,8 +31,8 @@ from safetensors.torch import save_file
 
 from service.bench.load import Client, saturate
 from service.bench.photos import photo
-from service.bench.telling import stamp
 from tests.bench.fleet import Server, clean_environment, medians, missing, only, ours, peer, ratio, running, settings_of
+from tests.bench.telling import tell
 
 FEW, MANY = 8, 64
 _SIDE = 227
@@ -49,14 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--set", action="append", default=[], metavar="DMN_X=Y", help="a setting of dmn serve")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    why = missing()
-    told = {**({"skipped": why} if why else measure(options)), **stamp()}
-    if options.json:
-        print(json.dumps(told, indent=2))
-    else:
-        print(told["skipped"] if why else table(told))
+    tell(parser, measure, table, absent=missing())
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

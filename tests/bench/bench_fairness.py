@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import os
 import statistics
 import time
@@ -26,8 +25,8 @@ import numpy as np
 
 from service.bench.load import Client
 from service.bench.photos import photo
-from service.bench.telling import stamp
 from tests.bench.fleet import Server, ours, running, settings_of
+from tests.bench.telling import tell
 
 _SIDE = 227
 _PAUSE_S = 0.1
@@ -41,10 +40,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64, help="of the tenant that floods")
     parser.add_argument("--classes", type=int, default=300, help="of each tenant that is loaded")
     parser.add_argument("--set", action="append", default=[], metavar="DMN_X=Y", help="a setting of dmn serve")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    told = {**measure(options), **stamp()}
-    print(json.dumps(told, indent=2) if options.json else table(told))
+    tell(parser, measure, table)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

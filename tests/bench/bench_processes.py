@@ -11,15 +11,14 @@ process which does all. Asserts nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from service.bench.telling import stamp
 from tests.bench.fleet import loaded, medians, missing, ours, photo_list, running
+from tests.bench.telling import tell
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -32,14 +31,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--size", type=int, default=96, help="side of a picture, in pixels")
     parser.add_argument("--body", choices=("raw", "multipart"), default="multipart")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    why = missing()
-    told = {**({"skipped": why} if why else measure(options)), **stamp()}
-    if options.json:
-        print(json.dumps(told, indent=2))
-    else:
-        print(told["skipped"] if why else table(told))
+    tell(parser, measure, table, absent=missing())
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,7 +12,6 @@ over the nodes' sockets, is read before and after. Figures are medians over the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import threading
@@ -24,9 +23,9 @@ from typing import Any
 
 import httpx
 
-from service.bench.telling import stamp
 from tests.bench.fleet import Server, loaded, missing, ours, photo_list, running
 from tests.bench.null import CLASSES
+from tests.bench.telling import tell
 from tests.servers import BINARIES, Cluster, cluster
 
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
@@ -43,14 +42,8 @@ def main() -> None:
     parser.add_argument("--device-ms", type=float, default=80.0, help="what a batch of 8 takes on the device")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    why = missing() or (None if BINARIES["valkey"] else "There is no Valkey or Redis server to make a cluster of.")
-    told = {**({"skipped": why} if why else measure(options)), **stamp()}
-    if options.json:
-        print(json.dumps(told, indent=2))
-    else:
-        print(told["skipped"] if why else table(told))
+    absent = missing() or (None if BINARIES["valkey"] else "There is no Valkey or Redis server to make a cluster of.")
+    tell(parser, measure, table, absent=absent)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -63,7 +56,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         images = photo_list(folder, _IMAGES, _SIDE)
         whole = stack.enter_context(cluster(binary))
-        kind = ours(f"null:{options.device_ms:g}", store=whole.urls)
+        kind = ours(f"null:{options.device_ms:g}", store=whole.urls, DMN_BATCH_IMAGES="8")
         servers = [
             stack.enter_context(running(f"process {at}", kind, cores=cores, threads=1)) for at in range(max(numbers))
         ]

@@ -13,7 +13,6 @@ infinity is no peer here: infinity-emb 0.0.78 wants NumPy 1, and older torch, ty
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,7 +20,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from service.bench.telling import stamp
 from tests.bench.fleet import (
     Kind,
     Server,
@@ -37,6 +35,7 @@ from tests.bench.fleet import (
     running,
     settings_of,
 )
+from tests.bench.telling import tell
 
 OURS = "dmn"
 _WARM = 8
@@ -54,14 +53,7 @@ def main() -> None:
         "--servers", default="", help="some of them, separated by commas: dmn, dmn-memory, litserve, fastapi"
     )
     parser.add_argument("--set", action="append", default=[], metavar="DMN_X=Y", help="a setting of dmn serve")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    why = missing()
-    told = {**({"skipped": why} if why else measure(options)), **stamp()}
-    if options.json:
-        print(json.dumps(told, indent=2))
-    else:
-        print(told["skipped"] if why else table(told))
+    tell(parser, measure, table, absent=missing())
 
 
 def kinds(settings: dict[str, str]) -> dict[str, Kind]:

@@ -10,7 +10,6 @@ with many, each is read alone, from memory. Cases take turns; figures are median
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any
 
 import httpx
 
-from service.bench.telling import stamp
 from tests.bench.bench_encoder import named
 from tests.bench.fleet import Server, loaded, medians, missing, ours, photo_list, ratio, running
 from tests.bench.null import CLASSES
+from tests.bench.telling import tell
 
 _SIDE = 227
 _CONNECTIONS = 64
@@ -36,14 +35,7 @@ def main() -> None:
     parser.add_argument("--tenants", default="1,100,1000", help="numbers of tenants, separated by commas")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    why = missing()
-    told = {**({"skipped": why} if why else measure(options)), **stamp()}
-    if options.json:
-        print(json.dumps(told, indent=2))
-    else:
-        print(told["skipped"] if why else table(told))
+    tell(parser, measure, table, absent=missing())
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
