@@ -143,7 +143,7 @@ async def add_shots(
         record.config.spec(label)
     walks: list[StoredShot | Fault] = []
     settings, most = rooms.settings, rooms.quotas.most(tenant)
-    step = min(settings.batch_images, settings.tenant_queue_images, len(labelled) if most is None else most)
+    step = min(rooms.batcher.batch_images, settings.tenant_queue_images, len(labelled) if most is None else most)
     for start in range(0, len(labelled), max(1, step)):
         part = labelled[start : start + step]
         # Who was let in with its first images goes on at the tenant's rate: nothing would be left of a call cut short.

@@ -124,7 +124,6 @@ async def open_rooms(
     reader = Worker("dmn-reader", cores=1)
     try:
         device = choose_device(settings.device)
-        settings = settings.model_copy(update={"batch_images": batch_on(device, settings)})
         # First what fails fast: an encoder takes its time.
         async with tracing.opened(settings) as traces, open_store(settings) as store:
             encoders = [await worker.run(load_encoder, settings, device) if encoder is None else encoder]
@@ -179,7 +178,7 @@ def load_encoder(settings: Settings, device: torch.device) -> Encoder:
         backend=settings.encoder_backend,
         dtype=settings.encoder_dtype,
         cache=settings.cache_dir,
-        most=batch_on(device, settings),
+        most=batch_on(device, settings)[0],
         notice=lambda what: logs.event(logs.ENCODER_SLOWER, level=logging.WARNING, why=what),
     )
     return openclip.load(settings.encoder, device=device, runtime=runtime)
@@ -253,6 +252,7 @@ def _rooms(
     traces: Spans | None,
 ) -> Rooms:
     (worker, reader), clock = threads, time.monotonic
+    batch_images, batch_s = batch_on(encoder.device, settings)
     limits = ImageLimits(
         max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats
     )
@@ -261,7 +261,8 @@ def _rooms(
         encoder.encode_images,
         metrics,
         clock,
-        batch_images=settings.batch_images,
+        batch_images=batch_images,
+        batch_s=batch_s,
         queue_images=settings.queue_images,
         tenant_images=settings.tenant_queue_images,
         wait_s=settings.batch_wait_ms / 1000,

@@ -31,6 +31,9 @@ _RATE_MEMORY = 0.8
 _RATE_BATCHES = 5
 """Batches that tell a rate: the first ones find a cold device, and processors that decode what came with them."""
 
+_LEAST = 8
+"""Images times views that a batch may have, however slow the device is."""
+
 _LONGEST_RETRY_S = 60.0
 
 
@@ -46,7 +49,10 @@ class _Item:
 
 
 class Batcher:
-    """Collects pixels until the device is free, encodes them together, and hands each caller its own."""
+    """Collects pixels until the device is free, encodes them together, and hands each caller its own.
+
+    A batch has `batch_images` images times views at most, and no more than the device encodes in `batch_s` seconds.
+    """
 
     def __init__(
         self,
@@ -60,9 +66,11 @@ class Batcher:
         tenant_images: int,
         wait_s: float,
         max_wait_s: float,
+        batch_s: float = math.inf,
     ) -> None:
         self._worker, self._encode, self.metrics, self._clock = worker, encode, metrics, clock
-        self._batch_images, self._queue_images, self._wait_s = batch_images, queue_images, wait_s
+        self.batch_images, self._batch_s = batch_images, batch_s
+        self._queue_images, self._wait_s = queue_images, wait_s
         self._tenant_images, self._max_wait_s = tenant_images, max_wait_s
         self._waiting: Turns[_Item] = Turns()
         self._waiting_images = 0
@@ -186,7 +194,7 @@ class Batcher:
     async def _fill(self) -> None:
         """Wait for a full batch, no longer than the setting says, counted from the first image."""
         ends = min((item.queued for item in self._waiting), default=0.0) + self._wait_s
-        while self._waiting_images < self._batch_images:
+        while self._waiting_images < self._room:
             self._arrived.clear()
             left = ends - self._clock()
             if left <= 0:
@@ -199,7 +207,7 @@ class Batcher:
     def _next_batch(self) -> list[_Item]:
         """Take images up to a full batch, passing over those that nobody waits for or that are late."""
         batch: list[_Item] = []
-        room, now = self._batch_images, self._clock()
+        room, now = self._room, self._clock()
         while self._waiting and (len(self._waiting.first().pixels) <= room or not batch):
             item = self._waiting.take()
             self._count_waiting(-len(item.pixels))
@@ -272,6 +280,13 @@ class Batcher:
                 retry_after_s=self.retry_after_s(),
             )
 
+    @property
+    def _room(self) -> int:
+        """How many images times views the next batch may have."""
+        if math.isinf(self._batch_s):
+            return self.batch_images
+        return min(self.batch_images, max(_LEAST, int(self._rate * self._batch_s)))
+
     def _ahead(self, tenant: str) -> int:
         """Return about how many images times views go before the next of a tenant: none where nobody is here.
 
@@ -279,7 +294,7 @@ class Batcher:
         """
         own = self._taken[tenant]
         others = len(self._taken) - (tenant in self._taken)
-        return min(self.taken, self._batch_images + own + others * (own + 1))
+        return min(self.taken, self._room + own + others * (own + 1))
 
     def _share(self, tenant: str) -> int:
         """Return how much of the queue a tenant may hold: beside others no more than each, and one who may come."""

@@ -162,7 +162,10 @@ class Settings(BaseSettings):
         256, description="of these, of one tenant; beside others no more than an equal share"
     )
     batch_images: int = Field(
-        0, ge=0, description="images times views an encode batch; 0: 32, and 8 on a CPU, where batches take long"
+        0,
+        ge=0,
+        description="images times views an encode batch; 0: 32, on a CPU no more than it encodes in a tenth of "
+        "`DMN_MAX_WAIT_MS`, and 8 at least",
     )
     batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
     max_wait_ms: float = Field(

@@ -14,8 +14,8 @@ import torch
 from .settings import Settings
 
 _BATCH = 32
-_CPU_BATCH = 8
-"""More would only make everybody wait longer for the batch that is under way."""
+_OF_WAIT = 0.1
+"""Of the longest wait that is allowed, for a batch on a CPU: everybody else waits for the one that is under way."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,10 +66,15 @@ def _take_cores(cores: int) -> None:
     torch.get_num_threads()  # until it was asked once, a thread takes over what was told last to any
 
 
-def batch_on(device: torch.device, settings: Settings) -> int:
-    """Return how many images times views make an encode batch on a device."""
-    usual = _CPU_BATCH if device.type == "cpu" else _BATCH
-    return settings.batch_images or min(usual, settings.queue_images)
+def batch_on(device: torch.device, settings: Settings) -> tuple[int, float]:
+    """Return how many images times views an encode batch has on a device at most, and how many seconds it may take.
+
+    The seconds are infinite where the settings say how many images it has, or let calls wait for any time.
+    """
+    seconds = math.inf
+    if device.type == "cpu" and settings.max_wait_ms and not settings.batch_images:
+        seconds = _OF_WAIT * settings.max_wait_ms / 1000
+    return settings.batch_images or min(_BATCH, settings.queue_images), seconds
 
 
 def choose_device(name: str) -> torch.device:

@@ -238,7 +238,7 @@ def test_no_tower_meets_more_pictures_at_once_than_it_was_made_for(monkeypatch: 
 
 def test_a_gpu_takes_batches_whole_and_a_cpu_in_eights() -> None:
     assert Runtime(most=32).batch(torch.device("cuda")) == 32
-    assert Runtime(most=32).batch(CPU) == 8
+    assert Runtime(most=32).batch(CPU) == 16
     assert Runtime(most=4).batch(CPU) == 4
 
 

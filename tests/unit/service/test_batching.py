@@ -6,7 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 
 import pytest
 import torch
@@ -78,6 +78,7 @@ class Shuttle:
         tenant_images: int = 64,
         wait_s: float = 0.0,
         max_wait_s: float = 0.0,
+        batch_s: float = math.inf,
     ) -> None:
         self.now = 0.0
         self.device, self.worker = Device(), Worker()
@@ -93,6 +94,7 @@ class Shuttle:
             tenant_images=tenant_images,
             wait_s=wait_s,
             max_wait_s=max_wait_s,
+            batch_s=batch_s,
         )
 
     def send(self, value: int, views: int = 1, deadline: float = 1e9, tenant: str = "a") -> asyncio.Task[Tensor]:
@@ -183,6 +185,26 @@ async def test_a_batch_holds_no_more_than_it_may_and_keeps_the_order(shuttle: Sh
     shuttle.device.gate.set()
     await answers(first, *rest)
     assert shuttle.device.batches[1:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize(("rate", "largest"), [(2.0, 8), (20.0, 20), (1000.0, 32)])
+async def test_a_batch_holds_what_the_device_encodes_in_the_seconds_that_one_may_take(
+    rate: float, largest: int
+) -> None:
+    async with aclosing(Shuttle(batch=32, batch_s=1.0)) as shuttle:
+        shuttle.batcher.start()
+
+        def slow(pixels: Tensor) -> Tensor:
+            shuttle.now += len(pixels) / rate
+            return shuttle.device(pixels)
+
+        shuttle.encode = slow
+        await answers(shuttle.send(1, views=8))
+        first = await hold(shuttle)
+        rest = await shuttle.send_in_order(*range(40))
+        shuttle.device.gate.set()
+        await answers(first, *rest)
+        assert len(shuttle.device.batches[2]) == largest
 
 
 async def test_views_count_as_images_and_are_not_torn_apart(shuttle: Shuttle) -> None:

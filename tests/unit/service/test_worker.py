@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from service.worker import Worker, choose_device
+from service.settings import Settings
+from service.worker import Worker, batch_on, choose_device
 
 PATIENCE_S = 20.0
 
@@ -143,3 +145,21 @@ async def test_all_cores_are_the_workers_and_those_who_made_it_compute_on_one() 
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "batch"),
+    [("cpu", 0, (32, 0.5)), ("cuda", 0, (32, math.inf)), ("cpu", 5, (5, math.inf)), ("cuda", 5, (5, math.inf))],
+)
+def test_a_batch_takes_a_tenth_of_the_longest_wait_on_a_cpu_unless_the_settings_say_how_large_it_is(
+    device: str, asked: int, batch: tuple[int, float]
+) -> None:
+    assert batch_on(torch.device(device), Settings(batch_images=asked, max_wait_ms=5000)) == batch
+
+
+def test_a_batch_may_take_any_time_where_calls_may_wait_for_any() -> None:
+    assert batch_on(torch.device("cpu"), Settings(max_wait_ms=0)) == (32, math.inf)
+
+
+def test_a_batch_is_never_larger_than_the_queue() -> None:
+    assert batch_on(torch.device("cuda"), Settings(queue_images=9))[0] == 9
