@@ -17,10 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.bench.fleet import loaded, medians, missing, ours, photo_list, running
+from tests.bench.fleet import loaded, medians, missing, ours, photo_list, processor_s, running
 from tests.bench.telling import tell
-
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -76,9 +74,9 @@ def used_s(steward: int) -> dict[str, float]:
     children = Path(f"/proc/{steward}/task/{steward}/children").read_text().split()
     rooms = sorted(int(pid) for pid in children if " room " in _command(int(pid)))
     if not rooms:
-        return {"worker": _used_s(steward), "http": 0.0}
+        return {"worker": processor_s(steward), "http": 0.0}
     worker, *fronts = rooms  # in the order in which they were started
-    return {"worker": _used_s(worker), "http": sum(map(_used_s, fronts))}
+    return {"worker": processor_s(worker), "http": sum(map(processor_s, fronts))}
 
 
 def table(told: dict[str, Any]) -> str:
@@ -93,11 +91,6 @@ def table(told: dict[str, Any]) -> str:
 
 def _command(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-
-
-def _used_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
 
 
 if __name__ == "__main__":

@@ -23,12 +23,11 @@ from typing import Any
 
 import httpx
 
-from tests.bench.fleet import Server, loaded, missing, ours, photo_list, running
+from tests.bench.fleet import TICK_S, Server, loaded, missing, ours, photo_list, processor_s, running
 from tests.bench.null import CLASSES
 from tests.bench.telling import tell
 from tests.servers import BINARIES, Cluster, cluster
 
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _IMAGES = 500
 _SIDE = 96
 
@@ -55,7 +54,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory()))
         images = photo_list(folder, _IMAGES, _SIDE)
-        whole = stack.enter_context(cluster(binary))
+        whole = stack.enter_context(cluster(str(binary)))
         kind = ours(f"null:{options.device_ms:g}", store=whole.urls, DMN_BATCH_IMAGES="8")
         servers = [
             stack.enter_context(running(f"process {at}", kind, cores=cores, threads=1)) for at in range(max(numbers))
@@ -101,7 +100,7 @@ def _load(
     """Load all servers at once, and return what came of it."""
     pids = {server.process.pid for server in servers}
     nodes = {node.process.pid for node in whole.nodes if node.process is not None}
-    used = {pid: _used_s(pid) for pid in pids | nodes}
+    used = {pid: processor_s(pid) for pid in pids | nodes}
     said, everyone = _said(whole), _all_used_s()
     heard: list[dict[str, float]] = []
 
@@ -129,8 +128,8 @@ def _load(
         "p99_ms": max(one["p99_ms"] for one in heard),
         "failed": sum(one["failed"] for one in heard),
         "cores": (_all_used_s() - everyone) / options.seconds,
-        "service_ms": 1e3 * sum(_used_s(pid) - used[pid] for pid in pids) / requests,
-        "store_ms": 1e3 * sum(_used_s(pid) - used[pid] for pid in nodes) / requests,
+        "service_ms": 1e3 * sum(processor_s(pid) - used[pid] for pid in pids) / requests,
+        "store_ms": 1e3 * sum(processor_s(pid) - used[pid] for pid in nodes) / requests,
         **{name: (now - said[name]) / requests for name, now in _said(whole).items()},
     }
 
@@ -146,17 +145,11 @@ def _said(whole: Cluster) -> dict[str, int]:
     return {name: sum(int(one[field]) for one in stats) for name, field in names.items()}
 
 
-def _used_s(pid: int) -> float:
-    """Return the seconds of processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * _TICK_S
-
-
 def _all_used_s() -> float:
     """Return the seconds of processor time that everybody on this machine has used."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     busy = (int(value) for at, value in enumerate(fields[:8]) if at not in (3, 4))  # idle, and idle for a disk
-    return sum(busy) * _TICK_S
+    return sum(busy) * TICK_S
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ from tests.bench.null import CLASSES
 
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+"""What the system counts processor time in, in seconds."""
+
 _CORES = 2
 _COMPARED = 50
 _PATIENCE_S = 180.0
@@ -183,6 +186,12 @@ def clean_environment() -> dict[str, str]:
     """Return the environment without settings of ours, and with the repository to import from."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("DMN_", "OMP_"))}
     return {**clean, "PYTHONPATH": str(ROOT)}
+
+
+def processor_s(pid: int) -> float:
+    """Return the seconds of processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
 def missing() -> str | None:
