@@ -34,6 +34,9 @@ _RATE_BATCHES = 5
 _LEAST = 8
 """Images times views that a batch may have, however slow the device is."""
 
+_SHARED_S = 10.0
+"""For so long after two tenants were here at a time, neither is to wait for long batches of the other."""
+
 _LONGEST_RETRY_S = 60.0
 
 
@@ -51,7 +54,8 @@ class _Item:
 class Batcher:
     """Collects pixels until the device is free, encodes them together, and hands each caller its own.
 
-    A batch has `batch_images` images times views at most, and no more than the device encodes in `batch_s` seconds.
+    A batch has `batch_images` images times views at most. Where `batch_s` is finite it also has no more than the device
+    encodes in so many seconds, and while tenants share the device few, however fast it is.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Batcher:
         self._taken: Counter[str] = Counter()
         self._all_taken = 0
         self._rate, self._measured = 0.0, 0
+        self._shared = -math.inf
         self._busy_since: float | None = None
         self._loop: asyncio.Task[None] | None = None
         self._closed = False
@@ -285,6 +290,8 @@ class Batcher:
         """How many images times views the next batch may have."""
         if math.isinf(self._batch_s):
             return self.batch_images
+        if self._clock() - self._shared < _SHARED_S:
+            return min(self.batch_images, _LEAST)
         return min(self.batch_images, max(_LEAST, int(self._rate * self._batch_s)))
 
     def _ahead(self, tenant: str) -> int:
@@ -307,6 +314,8 @@ class Batcher:
         self._all_taken += images
         if not self._taken[tenant]:
             del self._taken[tenant]
+        if len(self._taken) > 1:
+            self._shared = self._clock()
         if not self.taken:
             self._busy_since = None
         self.metrics.inflight_images.set(self.taken)

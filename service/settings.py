@@ -164,8 +164,8 @@ class Settings(BaseSettings):
     batch_images: int = Field(
         0,
         ge=0,
-        description="images times views an encode batch; 0: 32, on a CPU no more than it encodes in a tenth of "
-        "`DMN_MAX_WAIT_MS`, and 8 at least",
+        description="images times views an encode batch; 0: 32, on a CPU 8 while tenants share it, and otherwise no "
+        "more than it encodes in a tenth of `DMN_MAX_WAIT_MS`",
     )
     batch_wait_ms: float = Field(0.0, ge=0, description="wait for a fuller batch, from its first image; 0: none")
     max_wait_ms: float = Field(

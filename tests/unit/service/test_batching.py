@@ -187,24 +187,46 @@ async def test_a_batch_holds_no_more_than_it_may_and_keeps_the_order(shuttle: Sh
     assert shuttle.device.batches[1:] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
+async def largest_batch(shuttle: Shuttle, rate: float) -> int:
+    """Return how many images of forty go together first, on a device that encodes so many a second."""
+
+    def slow(pixels: Tensor) -> Tensor:
+        shuttle.now += len(pixels) / rate
+        return shuttle.device(pixels)
+
+    shuttle.encode = slow
+    await answers(shuttle.send(1, views=8))
+    first = await hold(shuttle)
+    rest = await shuttle.send_in_order(*range(40))
+    shuttle.device.gate.set()
+    await answers(first, *rest)
+    return len(shuttle.device.batches[2])
+
+
 @pytest.mark.parametrize(("rate", "largest"), [(2.0, 8), (20.0, 20), (1000.0, 32)])
 async def test_a_batch_holds_what_the_device_encodes_in_the_seconds_that_one_may_take(
     rate: float, largest: int
 ) -> None:
     async with aclosing(Shuttle(batch=32, batch_s=1.0)) as shuttle:
         shuttle.batcher.start()
+        assert await largest_batch(shuttle, rate) == largest
 
-        def slow(pixels: Tensor) -> Tensor:
-            shuttle.now += len(pixels) / rate
-            return shuttle.device(pixels)
 
-        shuttle.encode = slow
-        await answers(shuttle.send(1, views=8))
-        first = await hold(shuttle)
-        rest = await shuttle.send_in_order(*range(40))
-        shuttle.device.gate.set()
-        await answers(first, *rest)
-        assert len(shuttle.device.batches[2]) == largest
+@pytest.mark.parametrize(("seconds_ago", "largest"), [(9.0, 8), (11.0, 32)])
+async def test_batches_are_small_while_tenants_share_the_device(seconds_ago: float, largest: int) -> None:
+    async with aclosing(Shuttle(batch=32, batch_s=1.0)) as shuttle:
+        shuttle.batcher.start()
+        with shuttle.batcher.admit(1, tenant="a"), shuttle.batcher.admit(1, tenant="b"):
+            pass
+        shuttle.now += seconds_ago
+        assert await largest_batch(shuttle, 1000.0) == largest
+
+
+async def test_batches_are_as_large_as_the_settings_say_whoever_shares_the_device() -> None:
+    async with aclosing(Shuttle(batch=32)) as shuttle:
+        shuttle.batcher.start()
+        with shuttle.batcher.admit(1, tenant="a"), shuttle.batcher.admit(1, tenant="b"):
+            assert await largest_batch(shuttle, 1000.0) == 32
 
 
 async def test_views_count_as_images_and_are_not_torn_apart(shuttle: Shuttle) -> None:
