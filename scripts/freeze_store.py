@@ -25,8 +25,8 @@ from torch import Tensor
 from core.numerics import unit
 from service.app import create_app, open_rooms
 from service.settings import Settings
-from tests.fakes import FakeEncoder, picture
-from tests.servers import BINARIES, server
+from tests.support.fakes import FakeEncoder, picture
+from tests.support.servers import BINARIES, server
 
 Json = dict[str, Any]
 CLASSES = ("red", "green", "blue")

@@ -26,7 +26,7 @@ import httpx
 from tests.bench.fleet import TICK_S, Server, loaded, missing, ours, photo_list, processor_s, running
 from tests.bench.null import CLASSES
 from tests.bench.telling import tell
-from tests.servers import BINARIES, Cluster, cluster
+from tests.support.servers import BINARIES, Cluster, cluster
 
 _IMAGES = 500
 _SIDE = 96

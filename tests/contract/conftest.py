@@ -14,7 +14,7 @@ from service.stores.connection import connect
 from service.stores.memory import LOG_LENGTH, InProcessStore
 from service.stores.redis import LOG_LENGTH as REDIS_LOG_LENGTH
 from service.stores.redis import RedisStore
-from tests.servers import BINARIES, cluster, server
+from tests.support.servers import BINARIES, cluster, server
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from tests.command import Command
 from tests.deploy.manifests import overlay, settings_of
-from tests.servers import BINARIES, HOST, Running, server
+from tests.support.process import Command
+from tests.support.servers import BINARIES, HOST, Running, server
 
 KEY = "an-operators-key-for-tests"
 WITH_REDIS = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")

@@ -27,11 +27,11 @@ import torch
 from packaging.requirements import Requirement
 
 from core import openclip
-from tests.command import URL
 from tests.deploy.container import Builder, Image, Volumes, first, healthy, read_stages, read_steps, started
 from tests.deploy.dockers import DOCKER, DOCKERFILE, PROJECT
 from tests.deploy.observability import ROOT
-from tests.fakes import picture
+from tests.support.fakes import picture
+from tests.support.process import URL
 
 LOCKS = {file.stem: file for file in (DOCKER / "requirements").glob("*.txt")}
 EXTRAS = {"cpu": ("lite", "embedded", "cpu", "otel"), "cuda": ("lite", "embedded", "otel")}

@@ -37,7 +37,7 @@ from tests.deploy.manifests import (
     settings_of,
 )
 from tests.deploy.observability import ROOT, RULES, read
-from tests.servers import BINARIES, wait_until_listening
+from tests.support.servers import BINARIES, wait_until_listening
 
 VERSION = "1.34"
 """Of Kubernetes, whose schemas objects are held to."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.command import Command
+from tests.support.process import Command
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from tests.command import PATIENCE_S, Command
+from tests.support.process import PATIENCE_S, Command
 
 
 @pytest.mark.parametrize("processes", [(), ("--http-workers", "2")])

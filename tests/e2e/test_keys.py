@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from service.stores.embedded import find_binary
-from tests.command import PATIENCE_S, Command
-from tests.fakes import picture
-from tests.servers import BINARIES, server
+from tests.support.fakes import picture
+from tests.support.process import PATIENCE_S, Command
+from tests.support.servers import BINARIES, server
 
 pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from service.stores.embedded import find_binary
-from tests.mutants import CLASSES, KINDS
 from tests.soak.mutations import SETTINGS, run, served
+from tests.support.mutants import CLASSES, KINDS
 
 pytestmark = [
     pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed"),

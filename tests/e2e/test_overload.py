@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from service.stores.embedded import find_binary
-from tests.command import WITH_FAKE
-from tests.fakes import COLOURS, PacedEncoder, picture
 from tests.soak.overload import alone, overload, served
+from tests.support.fakes import COLOURS, PacedEncoder, picture
+from tests.support.process import WITH_FAKE
 
 pytestmark = [
     pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed"),

@@ -23,9 +23,9 @@ from core import openclip
 from service.app import create_app
 from service.settings import Settings
 from service.stores.embedded import find_binary
-from tests.command import PATIENCE_S, Command
-from tests.fakes import FakeEncoder, picture
 from tests.soak.running import servers_of
+from tests.support.fakes import FakeEncoder, picture
+from tests.support.process import PATIENCE_S, Command
 
 pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")
 

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.command import PATIENCE_S, Command
 from tests.deploy.observability import ALERTS, CONFIG, RECORDED
-from tests.fakes import picture
-from tests.servers import HOST, free_ports, until
+from tests.support.fakes import picture
+from tests.support.process import PATIENCE_S, Command
+from tests.support.servers import HOST, free_ports, until
 
 PROMETHEUS = shutil.which("prometheus")
 pytestmark = pytest.mark.skipif(PROMETHEUS is None, reason="prometheus is not installed")

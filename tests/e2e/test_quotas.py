@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from service.quotas import LEASE_S
-from tests.command import WITH_FAKE, Command
-from tests.fakes import picture
-from tests.servers import BINARIES, server
+from tests.support.fakes import picture
+from tests.support.process import WITH_FAKE, Command
+from tests.support.servers import BINARIES, server
 
 BINARY = next((found for found in BINARIES.values() if found), None)
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Valkey or Redis server is installed")
@@ -21,7 +21,7 @@ PATIENCE_S = 60.0
 
 NEVER_DONE = f"""
 import threading
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 quick, warm = FakeEncoder.encode_images, []
 def encode(self, pixels):
     if warm:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.command import ROOT, Command
+from tests.support.process import ROOT, Command
 
 STREAMS = ROOT.parent / "shared" / "data" / "streams"
 N, C, D = 90, 4, 12

@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from core import lite
-from tests.command import PATIENCE_S, URL, Command
-from tests.fakes import picture
+from tests.support.fakes import picture
+from tests.support.process import PATIENCE_S, URL, Command
 
 CLASSES = ("red", "green", "blue")
 

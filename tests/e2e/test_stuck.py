@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import httpx
 
-from tests.command import PATIENCE_S, Command
-from tests.fakes import picture
+from tests.support.fakes import picture
+from tests.support.process import PATIENCE_S, Command
 
 HANGING = """
 import sys, time
 from core import openclip
 from service.cli import main
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 class Hanging(FakeEncoder):
     def encode_images(self, pixels):

@@ -18,8 +18,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
-from tests.command import PATIENCE_S, Command
-from tests.fakes import picture
+from tests.support.fakes import picture
+from tests.support.process import PATIENCE_S, Command
 
 TRACE = "a1" * 16
 NAMES = ["POST /classify", "decode", "encode", "memory", "queue", "store", "store"]

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from redis import Redis
 
-from tests.command import PATIENCE_S, WITH_FAKE, Command
-from tests.fakes import picture
-from tests.servers import BINARIES, server, until
+from tests.support.fakes import picture
+from tests.support.process import PATIENCE_S, WITH_FAKE, Command
+from tests.support.servers import BINARIES, server, until
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
 
@@ -20,7 +20,7 @@ NAMED = """
 import sys
 from service.cli import main
 from core import openclip
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 class Named(FakeEncoder):
     def __init__(self, name):
         super().__init__(name)

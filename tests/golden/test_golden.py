@@ -11,7 +11,7 @@ import torch
 
 from core.projection import Projection
 from core.replay import Options, Replay, Stream, load_stream, replay, summary
-from tests import literal
+from tests.support import literal
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 TOLERANCE = 2e-5

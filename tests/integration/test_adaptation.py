@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.fakes import picture
+from tests.support.fakes import picture
 
 from .conftest import Build, House
 

@@ -24,8 +24,8 @@ from service.errors import StoreDown
 from service.stores.base import Remembered
 from service.stores.connection import check, connect
 from service.stores.redis import RedisStore
-from tests import servers
-from tests.servers import BINARIES, HOST, SERVICE, Cluster, Running, cluster, sentinel, server, until
+from tests.support import servers
+from tests.support.servers import BINARIES, HOST, SERVICE, Cluster, Running, cluster, sentinel, server, until
 
 PATIENCE_S = 60.0
 PASSWORD = "p@ss/w:rd%"

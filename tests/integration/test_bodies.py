@@ -9,9 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests import pictures
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, problem, sound
+from tests.support import pictures
+from tests.support.fakes import picture
+from tests.support.house import Build, House, problem, sound
 
 BASE64 = {"data": base64.b64encode(picture()).decode()}
 FINE = {

@@ -29,9 +29,6 @@ from service.stores.base import (
 )
 from service.stores.keys import TENANTS, Keys
 from service.stores.redis import RedisStore
-from tests.fakes import COLOURS, picture
-from tests.integration.conftest import Build, House
-from tests.servers import BINARIES, Cluster, Node, client_of, cluster
 from tests.soak.cluster import (
     CONFIG,
     NODE_TIMEOUT_MS,
@@ -46,6 +43,9 @@ from tests.soak.cluster import (
     store_of,
     tenants_on,
 )
+from tests.support.fakes import COLOURS, picture
+from tests.support.house import Build, House
+from tests.support.servers import BINARIES, Cluster, Node, client_of, cluster
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
 

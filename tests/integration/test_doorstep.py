@@ -16,9 +16,9 @@ from starlette.types import Receive, Scope, Send
 from service.app import create_app
 from service.door import Door
 from service.settings import Settings
-from tests.fakes import picture
-from tests.integration.conftest import PATIENCE_S, House, opened, until
-from tests.integration.conftest import SoftEncoder as Encoder
+from tests.support.fakes import picture
+from tests.support.house import PATIENCE_S, House, opened, until
+from tests.support.house import SoftEncoder as Encoder
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -17,8 +17,8 @@ from service.stores.base import Job, JobState, SnapshotInfo, Stamp, StoredKey, S
 from service.stores.connection import connect
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
-from tests.fakes import FakeEncoder
-from tests.servers import BINARIES, server
+from tests.support.fakes import FakeEncoder
+from tests.support.servers import BINARIES, server
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
 

@@ -32,8 +32,8 @@ from service.rooms import Rooms
 from service.settings import Settings
 from service.stores.base import StoredKey
 from service.stores.memory import InProcessStore
-from tests.fakes import FakeEncoder, picture
-from tests.integration.conftest import PATIENCE_S, GatedEncoder, House, RawCall, SoftEncoder, problem, soon, until
+from tests.support.fakes import FakeEncoder, picture
+from tests.support.house import PATIENCE_S, GatedEncoder, House, RawCall, SoftEncoder, problem, soon, until
 
 RED, GREEN, BLUE = (picture(name, 1) for name in ("red", "green", "blue"))
 PNG = [(b"content-type", b"image/png")]

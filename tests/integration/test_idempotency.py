@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 import httpx
 import pytest
 
-from tests.fakes import picture
-from tests.integration.conftest import PATIENCE_S, Build, GatedEncoder, House, problem, soon
+from tests.support.fakes import picture
+from tests.support.house import PATIENCE_S, Build, GatedEncoder, House, problem, soon
 
 KEY = {"Idempotency-Key": "k-1"}
 

@@ -25,8 +25,10 @@ import pytest_asyncio
 from service import logs
 from service.errors import StoreAway
 from service.stores.memory import InProcessStore
-from tests.fakes import picture
-from tests.integration.conftest import (
+from tests.integration.test_fronts import street
+from tests.integration.test_keys import OPERATOR_KEY, bearer, issue
+from tests.support.fakes import picture
+from tests.support.house import (
     PATIENCE_S,
     Build,
     GatedEncoder,
@@ -39,9 +41,7 @@ from tests.integration.conftest import (
     until,
     zipped,
 )
-from tests.integration.test_fronts import street
-from tests.integration.test_keys import OPERATOR_KEY, bearer, issue
-from tests.servers import BINARIES, server
+from tests.support.servers import BINARIES, server
 
 ACME, BOLT, EVIL = "acme", "bolt", "evil"
 """Names of one length: a file that says one of them is easily made to say another."""

@@ -20,8 +20,8 @@ from service.auth import Scope, hash_of, new_key
 from service.errors import StoreDown
 from service.stores.base import MemoryStore, StoredKey
 from service.stores.memory import InProcessStore
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, RawCall, SoftEncoder, opened, problem
+from tests.support.fakes import picture
+from tests.support.house import Build, House, RawCall, SoftEncoder, opened, problem
 
 OPERATOR_KEY = "correct-horse-battery-staple"
 SHOP = "shop"

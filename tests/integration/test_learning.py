@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, Json, problem
+from tests.support.fakes import picture
+from tests.support.house import Build, House, Json, problem
 
 COLOURS = ("red", "green", "blue")
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from service.metrics import Lap
-from tests.fakes import picture
-from tests.integration.conftest import (
+from tests.support.fakes import picture
+from tests.support.house import (
     PATIENCE_S,
     Build,
     GatedEncoder,

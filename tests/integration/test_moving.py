@@ -21,8 +21,8 @@ from service.images import ImageLimits, develop
 from service.shadows import Shadows
 from service.stores.base import StoredMemory
 from service.tenants import shadow_of
-from tests.fakes import picture
-from tests.servers import BINARIES, server
+from tests.support.fakes import picture
+from tests.support.servers import BINARIES, server
 
 from .conftest import CLASSES, PATIENCE_S, House, Json, SoftEncoder, opened, problem
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tests.integration.conftest import House
-from tests.mutants import CLASSES, KINDS, SMALL, TENANT, fault, mutant
+from tests.support.house import House
+from tests.support.mutants import CLASSES, KINDS, SMALL, TENANT, fault, mutant
 
 COUNT = 150
 

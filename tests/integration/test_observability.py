@@ -14,8 +14,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.errors import StoreDown
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, Json, problem
+from tests.support.fakes import picture
+from tests.support.house import Build, House, Json, problem
 
 NAMES = {
     "dmn_requests": "counter",

@@ -10,7 +10,7 @@ from starlette.types import Message
 
 from service.app import create_app, open_rooms
 from service.settings import Settings
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 
 async def _never() -> Message:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from service.logs import logger
-from tests.fakes import picture
-from tests.integration.conftest import STATUS, Build, House, RawCall, problem, soon
+from tests.support.fakes import picture
+from tests.support.house import STATUS, Build, House, RawCall, problem, soon
 
 SECRET = "the password is swordfish"
 

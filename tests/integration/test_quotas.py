@@ -14,8 +14,8 @@ import pytest_asyncio
 
 from service import transfer
 from service.stores.base import Lease, Quota
-from tests.fakes import picture
-from tests.integration.conftest import (
+from tests.support.fakes import picture
+from tests.support.house import (
     Build,
     GatedEncoder,
     House,
@@ -26,7 +26,7 @@ from tests.integration.conftest import (
     until,
     zipped,
 )
-from tests.servers import BINARIES, Running, server
+from tests.support.servers import BINARIES, Running, server
 
 BINARY = next((found for found in BINARIES.values() if found), None)
 needs_server = pytest.mark.skipif(BINARY is None, reason="no Valkey or Redis server is installed")

@@ -10,10 +10,10 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from tests.fakes import picture
-from tests.integration.conftest import Build, House
-from tests.servers import BINARIES, Running
-from tests.servers import server as running
+from tests.support.fakes import picture
+from tests.support.house import Build, House
+from tests.support.servers import BINARIES, Running
+from tests.support.servers import server as running
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from service import logs
 from service.settings import Settings
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, RawCall, problem, soon, zipped
+from tests.support.fakes import picture
+from tests.support.house import Build, House, RawCall, problem, soon, zipped
 
 SECRET = "swordfish"
 CRLF = "a\r\nX-Evil: 1"

@@ -10,8 +10,8 @@ import pytest
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
-from tests.servers import BINARIES, HOST, PATIENCE_S, SERVICE, Guarded, sentinel
 from tests.soak.cluster import TIMEOUT_S, judge, load
+from tests.support.servers import BINARIES, HOST, PATIENCE_S, SERVICE, Guarded, sentinel
 
 DOWN_AFTER_MS = 1000
 SOON_S = 2 * TIMEOUT_S + 10 * DOWN_AFTER_MS / 1000

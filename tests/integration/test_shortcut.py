@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 from service.api.schemas import ClassifyOut
 from service.api.shortcut import Shortcut
 from service.rooms import Rooms
-from tests import pictures
-from tests.integration.conftest import Build, House, problem
+from tests.support import pictures
+from tests.support.house import Build, House, problem
 
 JPEG = {"content": pictures.jpeg(), "headers": {"Content-Type": "image/jpeg"}}
 CALLS: dict[str, dict[str, Any]] = {

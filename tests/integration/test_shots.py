@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests import pictures
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, Json, problem, sound, zipped
+from tests.support import pictures
+from tests.support.fakes import picture
+from tests.support.house import Build, House, Json, problem, sound, zipped
 
 RED, GREEN = picture("red", 1), picture("green", 2)
 

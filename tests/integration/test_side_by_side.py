@@ -20,8 +20,8 @@ from service.stores.base import StoredKey, StoredShot, shown_of
 from service.stores.connection import connect
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
-from tests.fakes import picture
-from tests.servers import BINARIES, server
+from tests.support.fakes import picture
+from tests.support.servers import BINARIES, server
 
 from .conftest import House, Json, opened, problem
 

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, Json, SoftEncoder, problem
+from tests.support.fakes import picture
+from tests.support.house import Build, House, Json, SoftEncoder, problem
 
 IMAGES = [picture(colour, seed) for seed in range(4) for colour in ("red", "green", "blue")]
 

@@ -19,9 +19,9 @@ from service.rooms import Rooms
 from service.settings import DEFAULT_TENANT, Settings
 from service.stores.base import StoredStatistics
 from service.stores.embedded import find_binary
-from tests.fakes import FakeEncoder, picture
-from tests.integration.conftest import CLASSES, Build, House, problem
 from tests.integration.test_stores import ask, name_classes
+from tests.support.fakes import FakeEncoder, picture
+from tests.support.house import CLASSES, Build, House, problem
 
 TENANT = {"X-Tenant": DEFAULT_TENANT}
 STREAM = [picture(colour, seed) for seed in range(6) for colour in CLASSES]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, problem, until
-from tests.servers import BINARIES, PATIENCE_S, wait_until_listening
+from tests.support.fakes import picture
+from tests.support.house import Build, House, problem, until
+from tests.support.servers import BINARIES, PATIENCE_S, wait_until_listening
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
 

@@ -27,7 +27,7 @@ from service.stores.connection import connect
 from service.stores.embedded import EmbeddedServer, embedded_server, find_binary
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 
 pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")
 

@@ -9,8 +9,8 @@ from urllib.parse import quote
 import pytest
 
 from core.prompts import DEFAULT_TEMPLATES
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, problem
+from tests.support.fakes import picture
+from tests.support.house import Build, House, problem
 
 ODD_NAMES = [
     "a/b",

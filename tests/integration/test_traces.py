@@ -17,8 +17,8 @@ from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_tra
 
 from service.app import create_app
 from service.spans import Spans
-from tests.fakes import picture
-from tests.integration.conftest import Build, House, problem
+from tests.support.fakes import picture
+from tests.support.house import Build, House, problem
 
 TRACE, CALLER = "a1" * 16, "b2" * 8
 SAMPLED = {"traceparent": f"00-{TRACE}-{CALLER}-01"}

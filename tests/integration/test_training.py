@@ -12,8 +12,8 @@ import pytest_asyncio
 
 from service import training
 from service.rooms import Rooms
-from tests.fakes import picture
-from tests.integration.conftest import CLASSES, PATIENCE_S, Build, House, SoftEncoder, problem, until
+from tests.support.fakes import picture
+from tests.support.house import CLASSES, PATIENCE_S, Build, House, SoftEncoder, problem, until
 
 FAST = {"epochs": 5, "learning_rate": 0.01}
 

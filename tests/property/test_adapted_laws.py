@@ -21,9 +21,9 @@ from core.shelves import Shelves
 from core.snapshot import Snapshot
 from core.static import Shots, StaticMemory
 from core.statistics import Statistics
-from tests import literal_auto
-from tests.literal import u
 from tests.property.worlds import World, array, branches, close, joined, worlds
+from tests.support import literal_auto
+from tests.support.literal import u
 
 BATCHES = {"fused": 2e-4, "statistics": 2e-3}
 """Largest difference that batches make: rounding, over the length of what images differ by from their mean, times tau.

@@ -16,8 +16,8 @@ from core.errors import IncompatibleMemory, InvalidFeature
 from core.fusion import fuse
 from core.numerics import affinity, checked_unit, entropy, unit
 from core.prompts import class_weights, prompts_of
-from tests import literal
 from tests.property.worlds import array, close, directions, gaussian
+from tests.support import literal
 
 SEEDS = st.integers(0, 2**32 - 1).map(np.random.default_rng)
 DIMS = st.integers(1, 12)

@@ -20,7 +20,6 @@ from core.readout import barrier, prepare, scores
 from core.shelves import Shelves
 from core.snapshot import Snapshot
 from core.static import StaticMemory
-from tests import literal
 from tests.property.worlds import (
     World,
     array,
@@ -33,6 +32,7 @@ from tests.property.worlds import (
     slots_of,
     worlds,
 )
+from tests.support import literal
 
 TAU = 100.0
 SCORE = 1e-4

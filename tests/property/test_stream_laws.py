@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from core.classify import Sample, classify
 from core.dynamic import Outcome
 from core.shelves import Shelves
-from tests import literal
 from tests.property.worlds import World, array, branches, close, contents, joined, learned, run, worlds
+from tests.support import literal
 
 LITERAL = 2e-5
 """Largest difference between a float32 probability and the literal float64 one."""

@@ -1,4 +1,4 @@
-"""Small label sets with memories and streams, drawn by hypothesis, in the forms of `core` and of `tests.literal`."""
+"""Small label sets with memories and streams, drawn by hypothesis, in the forms of core and of the literal method."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from core.projection import Projection
 from core.shelves import Shelves
 from core.snapshot import Snapshot
 from core.static import Shots, StaticMemory
-from tests import literal
+from tests.support import literal
 
 PROBABILITY = 1e-5
 """Largest difference between probabilities that float32 explains at a logit scale of 100."""

@@ -34,7 +34,7 @@ from service.stores.connection import connect
 from service.stores.keys import Keys
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
-from tests.servers import BINARIES, HOST, Cluster, Guarded, Node, cluster, until
+from tests.support.servers import BINARIES, HOST, Cluster, Guarded, Node, cluster, until
 
 PATIENCE_S = 60.0
 """How long any one load may take; what hangs fails by it."""

@@ -26,9 +26,9 @@ import httpx
 from service.bench.telling import stamp
 from service.settings import DEFAULT_TENANT
 from service.stores.embedded import find_binary
-from tests.command import DMN, ROOT, Command
-from tests.fakes import COLOURS, picture
-from tests.servers import server
+from tests.support.fakes import COLOURS, picture
+from tests.support.process import DMN, ROOT, Command
+from tests.support.servers import server
 
 FORMS = ("open", "operator", "tenant")
 """Without keys; with the operator's key; with the key of a tenant that has every scope of a tenant."""

@@ -22,8 +22,8 @@ from schemathesis import Case, HookContext, Response
 from schemathesis.core.failures import AcceptedNegativeData, Failure
 from schemathesis.openapi.checks import AllowHeaderMismatch, RejectedPositiveData
 
-from tests.fakes import COLOURS, picture
 from tests.soak.contract import MEMORY, OWN_TENANT, TENANT, TEXT_CHARS
+from tests.support.fakes import COLOURS, picture
 
 OWN = os.environ[OWN_TENANT]
 

@@ -24,8 +24,8 @@ from typing import Any
 from redis import Redis
 
 from core.codec import encode_feature
-from tests.servers import BINARIES, server
 from tests.soak.plan import TENANT, Image, Options, class_specs, feature, images, steps
+from tests.support.servers import BINARIES, server
 
 PHASE_S = 600.0
 """How long a phase may take; a run that hangs ends by it."""

@@ -37,10 +37,10 @@ from typing import Any
 import httpx
 
 from service.stores.embedded import find_binary
-from tests.fakes import picture
 from tests.soak.load import LABELS, Banks, Ledger, Load, missing, send, undelivered
 from tests.soak.running import Service, Watch, servers_of, until
 from tests.soak.starts import leave, pair
+from tests.support.fakes import picture
 
 KINDS = ("service", "server", "both")
 """What is killed, round after round."""

@@ -7,7 +7,7 @@ import sys
 from core import openclip
 from core.encoder import Encoder
 from service.cli import main
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 
 def _load(*_: object, **__: object) -> Encoder:

@@ -1,7 +1,7 @@
 """Ten thousand calls that nobody should make: `python -m tests.soak.mutations [--count 10000 --seed 0 --json]`.
 
-Runs the real command with its embedded store and sends it the mutants of `tests/mutants.py` over sockets, a few at a
-time. Every answer has to be one, or a refusal that is a problem of a known type; no status may be 5xx but 503. In the
+Runs the real command with its embedded store and sends it the mutants of `tests/support/mutants.py` over sockets, a few
+at a time. Every answer has to be one, or a refusal that is a problem of a known type; no status may be 5xx but 503. In the
 end the process has to be the same, and ready; images of a tenant that no mutant is meant for have to be classified as
 before; and the service, its store included, has to be about as large as it was after a tenth as many mutants, once it
 has been left alone for a while (`service/heap.py`). Limits are set low, so that what mutants may leave behind is
@@ -29,10 +29,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from service.bench.telling import stamp
 from service.heap import LOOK_S
-from tests.fakes import picture
-from tests.mutants import CLASSES, TENANT, Mutant, fault, mutant
 from tests.soak.memory import resident_mb
 from tests.soak.overload import Service, served
+from tests.support.fakes import picture
+from tests.support.mutants import CLASSES, TENANT, Mutant, fault, mutant
 
 MOST_GROWTH = 0.05
 MOST_GROWN_MB = 64.0

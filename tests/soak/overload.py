@@ -36,7 +36,7 @@ from service.bench.load import Answer, Client, Offered, arrivals, offer, saturat
 from service.bench.photos import photo
 from service.bench.telling import stamp
 from tests.bench.null import CLASSES
-from tests.command import WITH_FAKE, Command
+from tests.support.process import WITH_FAKE, Command
 
 MOST_TIMES_SLOWER = 3.0
 MOST_REFUSAL_MS = 50.0

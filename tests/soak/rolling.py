@@ -30,11 +30,11 @@ import httpx
 import numpy as np
 
 from service.bench.telling import stamp
-from tests.command import Command
-from tests.fakes import picture
-from tests.servers import BINARIES, cluster, free_ports, server
 from tests.soak.proxy import BINARY, MISSING, By, Proxy, proxy
 from tests.soak.traffic import Traffic, lost, promised, uncounted
+from tests.support.fakes import picture
+from tests.support.process import Command
+from tests.support.servers import BINARIES, cluster, free_ports, server
 
 WARM_S = 10.0
 """Within which an instance that is ready again has to hold every tenant's memory."""
@@ -51,7 +51,7 @@ _LOADS = 'dmn_store_duration_seconds_{}{{op="load"}}'
 _SCRIPT = """
 import sys
 from types import ModuleType
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 light = ModuleType("core.openclip")
 light.load = lambda *_, **__: FakeEncoder()
 sys.modules["core.openclip"] = light

@@ -17,8 +17,8 @@ from typing import Any
 
 import httpx
 
-from tests.fakes import picture
 from tests.soak.load import HELD, LABELS, Ledger, missing
+from tests.support.fakes import picture
 
 SLOTS = 20
 KINDS = {"classify": 70, "shot": 12, "read": 13, "make": 5}

@@ -12,7 +12,7 @@ from core import adapted
 from core.adapted import Adaptation, Adapted, adapt, temperature
 from core.static import Shots, StaticMemory
 from core.statistics import LOOSE, TEMPERATURES, Counted, Statistics
-from tests import literal_auto
+from tests.support import literal_auto
 
 
 def _unit(v: Tensor) -> Tensor:

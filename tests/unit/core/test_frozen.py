@@ -10,7 +10,7 @@ from core.adapted import Adaptation
 from core.frozen import Frozen, as_statistics, trust
 from core.static import Shots, StaticMemory
 from core.statistics import Statistics
-from tests import literal_auto
+from tests.support import literal_auto
 
 
 def _memory(*classes: Tensor) -> StaticMemory:

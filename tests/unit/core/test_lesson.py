@@ -15,7 +15,7 @@ from core.projection import Projection
 from core.shelves import Shelves
 from core.snapshot import Snapshot
 from core.static import Shots, StaticMemory
-from tests import literal
+from tests.support import literal
 
 DIM = 6
 NAMES = [field.name for field in fields(Projection)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from core.statistics import LOOSE, TEMPERATURES, Counted, Running, Statistics
-from tests import literal_auto
+from tests.support import literal_auto
 
 
 def _some(n: int, classes: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from core import views as module
 from core.encoder import Preprocess
 from core.errors import InvalidImage
 from core.views import augmented, crops, digest, plain, seed_of, views
-from tests.pictures import noise, scene
+from tests.support.pictures import noise, scene
 
 HOW = Preprocess(size=48, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
 MODES = ("shortest", "squash", "longest")

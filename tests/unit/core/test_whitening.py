@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from core.whitening import cosines, precision
-from tests import literal_auto
+from tests.support import literal_auto
 
 
 def _scatter(n: int, dim: int, seed: int = 0) -> Tensor:

@@ -49,7 +49,7 @@ from service.stores.base import (
     StoredSlot,
 )
 from service.tenants import ClassSpec, TenantConfig, class_id
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 
 FOREVER = float("inf")
 PATIENCE_S = 20.0

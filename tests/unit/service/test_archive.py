@@ -26,7 +26,7 @@ from service.tallies import decode
 from service.tenants import ClassSpec, TenantConfig, class_id
 from service.texts import TextFeatures
 from service.worker import Worker
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 PATIENCE_S = 20.0
 SYNC_S = 0.2

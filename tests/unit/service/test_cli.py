@@ -23,8 +23,8 @@ from core.errors import EncoderUnavailable
 from core.orders import KINDS
 from service import cli, locksmith, logs, serve
 from service.settings import Settings
-from tests.fakes import COLOURS, FakeEncoder, picture
-from tests.servers import BINARIES, server
+from tests.support.fakes import COLOURS, FakeEncoder, picture
+from tests.support.servers import BINARIES, server
 
 COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "keys", "bench", "encoder", "config")
 

@@ -17,7 +17,7 @@ from core.encoder import Preprocess
 from service import darkroom
 from service.darkroom import Darkroom
 from service.images import Heavy, ImageLimits, ImageUnreadable, decode, develop
-from tests.fakes import picture
+from tests.support.fakes import picture
 
 HOW = Preprocess(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 PATIENCE_S = 30.0

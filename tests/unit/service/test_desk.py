@@ -38,7 +38,7 @@ from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
 from service.texts import TextFeatures
 from service.worker import Worker
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 PATIENCE_S = 20.0
 SYNC_S = 1.0

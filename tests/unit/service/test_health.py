@@ -18,7 +18,7 @@ from service.errors import Internal
 from service.housekeeping import canary, feel_pulse
 from service.rooms import Rooms
 from service.settings import Settings
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 PATIENCE_S = 20.0
 SETTINGS = Settings(store="memory", canary_s=60)

@@ -26,7 +26,7 @@ from service.stores import opening
 from service.stores.base import PushCandidate, StoredSlot
 from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 PATIENCE_S = 20.0
 SYNC_S, PAUSE_S, VERIFY_S, DAY_S = 0.2, 1.0, 300.0, 86_400.0

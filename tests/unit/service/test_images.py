@@ -27,7 +27,7 @@ from service.images import (
     decode,
     develop,
 )
-from tests import pictures
+from tests.support import pictures
 
 LIMITS = ImageLimits()
 EVERYTHING = ImageLimits(formats=("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"))

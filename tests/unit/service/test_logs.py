@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from service import logs
 from service.app import create_app, open_rooms
 from service.settings import Settings
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 Form = Literal["json", "text"]
 SetUp = Callable[..., io.StringIO]

@@ -26,7 +26,7 @@ from service.offline import Answer
 from service.report import report_sheet
 from service.settings import Settings
 from service.stores.base import Stamp
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 
 PLAN = Plan()
 

@@ -25,7 +25,7 @@ from service.rooms import Rooms
 from service.settings import Settings
 from service.stores.base import StoredMemory, StoredOffsets, Training
 from service.tenants import ClassSpec, TenantConfig, class_id
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 from tests.unit.service.test_adapt import colours, rooms_of, stored
 from tests.unit.service.test_transfer import CAT, CREATED, DIM, DOG, Raw, given, memory
 

@@ -20,7 +20,7 @@ from service.evaluation import Plan
 from service.paper import PAPER, Known, chosen
 from service.report import paper_sheet
 from service.settings import Settings
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 
 NAMES = ("red", "green", "blue")
 SYNSETS = ("n01", "n02", "n03")

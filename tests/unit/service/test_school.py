@@ -13,7 +13,7 @@ from service.app import open_rooms
 from service.settings import DEFAULT_TENANT, Settings
 from service.snapshots import bring_in
 from service.stores.base import TenantRecord
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 from tests.unit.service.test_cli import Run, refused
 from tests.unit.service.test_cli import run as run  # noqa: PLC0414 - a fixture
 

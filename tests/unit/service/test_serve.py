@@ -18,7 +18,7 @@ from service.app import create_app, open_rooms
 from service.door import Address, Door, announce, kept
 from service.rooms import Rooms
 from service.settings import Settings
-from tests.fakes import FakeEncoder
+from tests.support.fakes import FakeEncoder
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from service.stores import opening
 from service.stores.base import PushCandidate, SnapshotInfo, StoredBank, StoredMemory, StoredSlot
 from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 
 FOREVER = float("inf")
 PATIENCE_S = 20.0

@@ -39,7 +39,7 @@ from service.stores.base import (
 )
 from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
-from tests.fakes import FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 
 PATIENCE_S = 20.0
 TAU = FakeEncoder.logit_scale

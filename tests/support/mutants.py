@@ -23,7 +23,7 @@ from urllib.parse import quote, urlencode
 from PIL import Image
 
 from service.errors import PROBLEMS
-from tests.fakes import picture
+from tests.support.fakes import picture
 
 TENANT = "mutants"
 """Whose memory the mutants are after; few are meant for another."""

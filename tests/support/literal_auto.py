@@ -1,4 +1,4 @@
-"""The method `auto` written out, one loop per sum, as `tests.literal` writes out the rest: float64, slow and plain."""
+"""The method `auto` written out, one loop per sum, as `literal` writes out the rest: float64, slow and plain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tests.literal import Matrix, Vector, dot, softmax
+from tests.support.literal import Matrix, Vector, dot, softmax
 
 STEPS = [-2.0 + 0.25 * k for k in range(17)]
 

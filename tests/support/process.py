@@ -18,14 +18,14 @@ from typing import Self
 PATIENCE_S = 60.0
 """How long anything may take that is no fault; a command that hangs fails its test by it."""
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DMN = Path(sys.executable).with_name("dmn")
 WITH_FAKE = """
 import sys
 from service.cli import main
 if "--http-workers" not in sys.argv:
     from core import openclip
-    from tests.fakes import FakeEncoder
+    from tests.support.fakes import FakeEncoder
     openclip.load = lambda *_, **__: FakeEncoder()
 sys.argv[0] = "dmn"
 main()
