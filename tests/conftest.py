@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 CANNOT_RUN = ("no GPU", "no IPv6", "no real data")
 """How the reason of a skip starts where the machine lacks what no package brings."""
+
+SLOW_FOLDERS = tuple(Path(__file__).parent / name for name in ("e2e", "deploy", "soak"))
+"""Every test in these folders starts real processes or renders real manifests: all are of the slow tier."""
 
 # As the command line sets it, and before torch is imported: threads that wait must not starve those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,6 +20,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["DMN_STORE"] = "memory"
 
 _skipped: list[str] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the slow folders."""
+    for item in items:
+        if any(item.path.is_relative_to(folder) for folder in SLOW_FOLDERS):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
