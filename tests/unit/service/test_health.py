@@ -13,22 +13,12 @@ import torch
 from torch import Tensor
 
 from service import health
-from service.app import open_rooms
 from service.errors import Internal
 from service.housekeeping import canary, feel_pulse
 from service.rooms import Rooms
-from service.settings import Settings
+from tests.support.clock import Clock
 from tests.support.fakes import FakeEncoder
-
-PATIENCE_S = 20.0
-SETTINGS = Settings(store="memory", canary_s=60)
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.replicas import PATIENCE_S, Replicas, replicas
 
 
 class FickleEncoder(FakeEncoder):
@@ -54,10 +44,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def rooms(encoder: FickleEncoder, clock: Clock) -> AsyncIterator[Rooms]:
-    async with open_rooms(SETTINGS, encoder) as rooms:
-        rooms.batcher._clock = clock
-        rooms.batcher.succeeded = clock.now
-        yield replace(rooms, clock=clock)
+    async with replicas(Replicas, clock) as house:
+        yield await house.open(encoder, canary_s=60)
+
+
+def _set(rooms: Rooms, settings: dict[str, object]) -> Rooms:
+    return replace(rooms, settings=rooms.settings.model_copy(update=settings))
 
 
 async def ready(rooms: Rooms) -> bool:
@@ -69,7 +61,7 @@ async def test_a_service_that_nobody_asks_tries_its_encoder_and_stays_ready(
 ) -> None:
     before = encoder.images
     for _ in range(100):
-        clock.now += 7
+        clock.advance(7)
         await feel_pulse(rooms)
         assert await ready(rooms)
     assert 0 < encoder.images - before <= 50
@@ -80,7 +72,7 @@ async def test_a_service_that_is_asked_does_not_try_its_encoder_besides(
 ) -> None:
     pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     for _ in range(10):
-        clock.now += 20
+        clock.advance(20)
         await rooms.batcher.encode(pixels, tenant="a", deadline=clock.now + 10, laps=[])
         before = encoder.images
         await feel_pulse(rooms)
@@ -91,10 +83,10 @@ async def test_an_encoder_that_breaks_ends_readiness_with_its_reason_and_one_tha
     rooms: Rooms, encoder: FickleEncoder, clock: Clock
 ) -> None:
     encoder.broken = True
-    clock.now += 59
+    clock.advance(59)
     await feel_pulse(rooms)
     assert await ready(rooms)
-    clock.now += 2
+    clock.advance(2)
     await feel_pulse(rooms)
     fine, checks = await health.readiness(rooms)
     assert not fine
@@ -108,7 +100,7 @@ async def test_an_encoder_that_breaks_ends_readiness_with_its_reason_and_one_tha
 
 async def test_images_that_all_fail_are_no_sign_of_health(rooms: Rooms, encoder: FickleEncoder, clock: Clock) -> None:
     encoder.broken = True
-    clock.now += 61
+    clock.advance(61)
     pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     with pytest.raises(Internal, match="encoder failed"):
         await rooms.batcher.encode(pixels, tenant="a", deadline=clock.now + 10, laps=[])
@@ -125,7 +117,7 @@ async def test_the_canary_is_counted_nowhere_and_always_the_same(rooms: Rooms, c
         }
 
     before = counted()
-    clock.now += 30
+    clock.advance(30)
     await feel_pulse(rooms)
     assert rooms.batcher.succeeded == clock.now
     assert counted() == before
@@ -135,9 +127,9 @@ async def test_the_canary_is_counted_nowhere_and_always_the_same(rooms: Rooms, c
 
 
 async def test_it_can_be_turned_off(rooms: Rooms, encoder: FickleEncoder, clock: Clock) -> None:
-    without = replace(rooms, settings=SETTINGS.model_copy(update={"canary_s": 0.0}))
+    without = _set(rooms, {"canary_s": 0.0})
     before = encoder.images
-    clock.now += 10_000
+    clock.advance(10_000)
     await feel_pulse(without)
     assert encoder.images == before
     assert await ready(without)
@@ -154,7 +146,7 @@ async def test_a_device_that_hangs_is_told_after_the_time_of_the_setting(rooms: 
     try:
         assert await asyncio.to_thread(hangs.wait, PATIENCE_S)
         assert health.liveness(rooms)["worker"].ok
-        hasty = replace(rooms, settings=SETTINGS.model_copy(update={"stuck_s": 1e-9}))
+        hasty = _set(rooms, {"stuck_s": 1e-9})
         assert "cpu" in health.liveness(hasty)["worker"].detail
         assert not (await health.stuck(hasty)).ok
     finally:
@@ -169,7 +161,7 @@ async def test_a_disk_with_too_little_room_ends_readiness_with_its_reason(
     rooms: Rooms, tmp_path: Path, least: int, *, fine: bool
 ) -> None:
     told = {"store": "embedded", "data_dir": tmp_path, "min_free_bytes": least}
-    found, checks = await health.readiness(replace(rooms, settings=SETTINGS.model_copy(update=told)))
+    found, checks = await health.readiness(_set(rooms, told))
     assert (found, checks["disk"].ok) == (fine, fine)
     assert "MiB" in checks["disk"].detail
 
@@ -182,7 +174,7 @@ async def test_what_others_store_cannot_be_watched_by_what_is_left_of_the_disk(
     details = set()
     for more in (1 << 20, 1 << 25):
         monkeypatch.setattr(health, "free_bytes", lambda _, left=more: (2 << 30) * fine + left)
-        _, checks = await health.readiness(replace(rooms, settings=SETTINGS.model_copy(update=told)))
+        _, checks = await health.readiness(_set(rooms, told))
         assert checks["disk"].ok == fine
         details.add(checks["disk"].detail)
     assert len(details) == 1

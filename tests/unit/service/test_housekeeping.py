@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from core.codec import encode_feature
+from core.encoder import Encoder
 from core.numerics import unit
 from service import adapt, app, housekeeping, logs
 from service.archive import HotMemory
@@ -22,36 +22,23 @@ from service.errors import StoreAway
 from service.housekeeping import Housekeeper, keep_house
 from service.rooms import Rooms
 from service.settings import Settings
-from service.stores import opening
 from service.stores.base import PushCandidate, StoredSlot
 from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
+from tests.support.clock import Clock
 from tests.support.fakes import FakeEncoder
+from tests.support.replicas import PATIENCE_S, Replicas, replicas
 
-PATIENCE_S = 20.0
 SYNC_S, PAUSE_S, VERIFY_S, DAY_S = 0.2, 1.0, 300.0, 86_400.0
 RED = class_id("red")
 OPS = ("get", "load", "stamps", "sync", "push", "digests", "claim", "snapshots", "keep_snapshot")
-
-
-class Clock:
-    """Monotonic and wall time, which stand still until they are told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
 
 
 class Store(InProcessStore):
     """The in-process store, which notes what is asked of it, and fails or waits where a test asks for it."""
 
     def __init__(self, clock: Clock) -> None:
-        super().__init__(clock=clock.monotonic, remember_s=1.0, remember_bytes=1)
+        super().__init__(clock=clock, remember_s=1.0, remember_bytes=1)
         self.asked: list[str] = []
         self.faults: dict[str, Exception] = {}
         self.before: Callable[[str], Awaitable[None]] | None = None
@@ -71,16 +58,13 @@ class Store(InProcessStore):
         return await call(*args, **kwargs)
 
 
-class House:
-    """A service whose housekeeper comes when a test calls, with a clock, and a store that can be away."""
+class House(Replicas):
+    """Services whose housekeeper comes when a test calls, and a store that can be away."""
 
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self.clock, self._stack = Clock(), stack
-        self.store = Store(self.clock)
+    store: Store
 
-    async def open(self, **settings: object) -> Rooms:
-        made = Settings(store="memory", **settings)  # type: ignore[arg-type]
-        rooms = await self._stack.enter_async_context(app.open_rooms(made, FakeEncoder()))
+    async def open(self, encoder: Encoder | None = None, **settings: object) -> Rooms:
+        rooms = await super().open(encoder, **settings)
         for tenant in ("zoo", "farm"):
             await adapt.put_tenant(rooms, tenant, TenantConfig(classes=(ClassSpec(name="red"),), slots=9))
         return rooms
@@ -96,21 +80,11 @@ class House:
         assert stored is not None
         return set(stored.slots[RED].ids) if RED in stored.slots else set()
 
-    async def reasons(self, tenant: str = "zoo") -> list[str]:
-        return [info.reason for info in await self.store.snapshots(tenant)]
-
 
 @pytest.fixture
-async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
-    async with AsyncExitStack() as stack:
-        house = House(stack)
-
-        async def nobody(_: Rooms) -> None:
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(app, "time", house.clock)
-        monkeypatch.setattr(opening, "InProcessStore", lambda **_: house.store)
-        monkeypatch.setattr(app, "keep_house", nobody)
+async def house() -> AsyncIterator[House]:
+    clock = Clock()
+    async with replicas(House, clock, Store(clock)) as house:
         yield house
 
 
@@ -146,11 +120,11 @@ async def test_what_waits_for_the_store_is_delivered_when_it_is_back(house: Hous
     house.store.leave()
     for tenant in ("zoo", "farm"):
         assert await house.learn(rooms, "1", tenant) == "pending"
-    house.clock.now += PAUSE_S
+    house.clock.advance(PAUSE_S)
     await housekeeper.tick()
     assert rooms.desk.pending == 2
     house.store.faults.clear()
-    house.clock.now += PAUSE_S
+    house.clock.advance(PAUSE_S)
     await housekeeper.tick()
     assert rooms.desk.pending == 0
     assert await house.ids("zoo") == await house.ids("farm") == {"0", "1"}
@@ -164,7 +138,7 @@ async def test_while_it_is_away_it_is_asked_no_more_than_once_a_tick(house: Hous
     for tenant in ("zoo", "farm"):
         await house.learn(rooms, "1", tenant)
     for _ in range(3):
-        house.clock.now += PAUSE_S
+        house.clock.advance(PAUSE_S)
         house.store.asked.clear()
         await housekeeper.tick()
         assert len(house.store.asked) == 1
@@ -179,10 +153,10 @@ async def test_hot_memories_are_compared_as_often_as_the_setting_says(house: Hou
         await house.learn(rooms, "0", tenant)
     for n in range(3):
         tamper(await hot(rooms, "farm"))
-        house.clock.now += VERIFY_S - 1.0
+        house.clock.advance(VERIFY_S - 1.0)
         await housekeeper.tick()
         assert repairs(rooms) == n
-        house.clock.now += 1.0
+        house.clock.advance(1.0)
         await housekeeper.tick()
         assert repairs(rooms) == n + 1
         assert rooms.archive.tenants == ["zoo"]
@@ -193,7 +167,7 @@ async def test_they_are_never_compared_where_that_is_the_setting(house: House) -
     await house.learn(rooms, "0")
     tamper(await hot(rooms))
     for _ in range(3):
-        house.clock.now += VERIFY_S
+        house.clock.advance(VERIFY_S)
         await Housekeeper(rooms).tick()
     assert repairs(rooms) == 0
 
@@ -202,7 +176,7 @@ async def test_what_was_found_different_is_right_for_the_next_one_who_asks(house
     await house.learn(rooms, "0")
     right = (await hot(rooms)).snapshot.dynamic.classes[0].entropies
     tamper(await hot(rooms))
-    house.clock.now += VERIFY_S
+    house.clock.advance(VERIFY_S)
     await Housekeeper(rooms).tick()
     assert (await hot(rooms)).snapshot.dynamic.classes[0].entropies == right
 
@@ -221,7 +195,7 @@ async def test_hot_memories_are_kept_on_schedule_and_cold_ones_are_left_alone(ho
         await housekeeper.tick()
         await housekeeper.tick()
         assert await house.reasons() == ["schedule"] * day
-        house.clock.now += DAY_S
+        house.clock.advance(DAY_S)
     assert await house.reasons("farm") == []
 
 
@@ -233,7 +207,7 @@ async def test_of_two_replicas_housekeepers_one_takes_it(house: House, rooms: Ro
     for _ in range(3):
         for keeper in keepers:
             await keeper.tick()
-        house.clock.now += DAY_S
+        house.clock.advance(DAY_S)
     assert await house.reasons() == ["schedule"]
 
 
@@ -244,7 +218,7 @@ async def test_a_schedule_shorter_than_ten_minutes_is_kept_too(house: House) -> 
         await house.learn(rooms, f"{minute}")
         await housekeeper.tick()
         assert await house.reasons() == ["schedule"] * minute
-        house.clock.now += 60.0
+        house.clock.advance(60.0)
 
 
 @pytest.mark.parametrize("op", ["snapshots", "keep_snapshot"])
@@ -254,11 +228,11 @@ async def test_one_that_could_not_be_taken_is_taken_long_before_the_next_is_due(
     housekeeper = Housekeeper(rooms)
     await house.learn(rooms, "0")
     await housekeeper.tick()
-    house.clock.now += DAY_S
+    house.clock.advance(DAY_S)
     house.store.leave(op)
     await housekeeper.tick()
     house.store.faults.clear()
-    house.clock.now += DAY_S / 24
+    house.clock.advance(DAY_S / 24)
     await housekeeper.tick()
     assert await house.reasons() == ["schedule"]
 
@@ -269,7 +243,7 @@ async def test_the_store_is_not_asked_every_second_whether_it_is_time(house: Hou
     await housekeeper.tick()
     house.store.asked.clear()
     for _ in range(200):
-        house.clock.now += 1.0
+        house.clock.advance(1.0)
         await housekeeper.tick()
     assert house.store.asked == []
 
@@ -286,7 +260,7 @@ async def test_a_duty_that_fails_is_logged_and_the_others_are_done(
     await housekeeper.tick()
     house.store.leave("push")
     await house.learn(rooms, "1")
-    house.clock.now += DAY_S
+    house.clock.advance(DAY_S)
     house.store.faults = {op: KeyError("broken")}
     await housekeeper.tick()
     assert _errors(caplog) == [logs.UPKEEP_FAILED]
@@ -297,7 +271,7 @@ async def test_a_duty_that_fails_is_logged_and_the_others_are_done(
     }
     assert done == {name: name != op for name in done}
     house.store.faults.clear()
-    house.clock.now += VERIFY_S
+    house.clock.advance(VERIFY_S)
     await housekeeper.tick()
     assert await house.ids() == {"0", "1"}
     assert (await hot(rooms)).verified_at == house.clock.now
@@ -313,7 +287,7 @@ async def test_a_store_that_is_away_and_a_tenant_that_is_gone_are_told_elsewhere
     house.store.leave()
     await house.learn(rooms, "1")
     for _ in range(2):
-        house.clock.now += DAY_S
+        house.clock.advance(DAY_S)
         await housekeeper.tick()
         house.store.faults.clear()
     assert _errors(caplog) == []
@@ -381,7 +355,7 @@ async def test_what_waits_when_the_service_stops_is_delivered_even_if_the_housek
         await house.learn(rooms, "1")
         house.store.before = wait
         house.store.faults.clear()
-        house.clock.now += PAUSE_S
+        house.clock.advance(PAUSE_S)
         async with asyncio.timeout(PATIENCE_S):
             await arrived.wait()
     assert await house.ids() == {"0", "1"}

@@ -26,7 +26,8 @@ from service.settings import Settings
 from service.stores.base import StoredMemory, StoredOffsets, Training
 from service.tenants import ClassSpec, TenantConfig, class_id
 from tests.support.fakes import FakeEncoder, picture
-from tests.unit.service.test_adapt import colours, rooms_of, stored
+from tests.support.replicas import PATIENCE_S, Replicas, replicas
+from tests.unit.service.test_adapt import colours, stored
 from tests.unit.service.test_transfer import CAT, CREATED, DIM, DOG, Raw, given, memory
 
 ABOUT = Training(id="t1", created=1.0, seed=0, epochs=20, learning_rate=1e-4, shots=4, dim=FakeEncoder.dim)
@@ -38,16 +39,15 @@ def offsets(classes: int, dim: int = FakeEncoder.dim, *, size: float = 0.3) -> P
     return Projection(**{one.name: size * torch.randn(classes, dim, generator=generator) for one in fields(Projection)})
 
 
-@pytest.fixture(autouse=True)
-def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a change wait until what it causes is done, however busy the machine is."""
-    monkeypatch.setattr(adapt, "_SOON_S", 60.0)
+@pytest.fixture
+async def house() -> AsyncIterator[Replicas]:
+    async with replicas(Replicas) as house:
+        yield house
 
 
 @pytest.fixture
-async def rooms() -> AsyncIterator[Rooms]:
-    async for rooms in rooms_of(FakeEncoder(), sync_ms=0):
-        yield rooms
+async def rooms(house: Replicas) -> Rooms:
+    return await house.open(sync_ms=0)
 
 
 async def ask(rooms: Rooms, *, learn: bool = True) -> list[Any]:
@@ -73,7 +73,7 @@ async def swap_in(rooms: Rooms, projection: Projection, names: tuple[str, ...] =
 async def rescored(rooms: Rooms) -> StoredMemory:
     job = await upkeep.resume(rooms, "zoo")
     assert job is not None
-    await rooms.jobs.wait(job.id, 60.0)
+    await rooms.jobs.wait(job.id, PATIENCE_S)
     found = await stored(rooms)
     assert found.record.labelling == found.record.due_labelling
     return found
@@ -178,16 +178,16 @@ async def test_a_class_that_comes_back_comes_back_untrained_and_is_scored_so(roo
     assert found.record.labelling == found.record.due_labelling != trained.labelling
 
 
-async def test_offsets_count_against_the_limit_of_a_tenant() -> None:
+async def test_offsets_count_against_the_limit_of_a_tenant(house: Replicas) -> None:
     row = 4 * 5 * FakeEncoder.dim
-    async for rooms in rooms_of(FakeEncoder(), tenant_max_bytes=3 * row + 10):
-        await adapt.put_tenant(rooms, "zoo", colours(*NAMES))
-        await swap_in(rooms, offsets(3))
-        assert adapt.held_bytes(await stored(rooms), FakeEncoder.dim) == 3 * row
-        shot = adapt.LabelledImage(label="red", image=picture("red", 1))
-        with pytest.raises(LimitExceeded):
-            await adapt.add_shots(rooms, "zoo", [shot], deadline=rooms.clock() + 60)
-        assert {one.learned.outcome for one in await ask(rooms)} == {"skipped"}
+    rooms = await house.open(tenant_max_bytes=3 * row + 10)
+    await adapt.put_tenant(rooms, "zoo", colours(*NAMES))
+    await swap_in(rooms, offsets(3))
+    assert adapt.held_bytes(await stored(rooms), FakeEncoder.dim) == 3 * row
+    shot = adapt.LabelledImage(label="red", image=picture("red", 1))
+    with pytest.raises(LimitExceeded):
+        await adapt.add_shots(rooms, "zoo", [shot], deadline=rooms.clock() + 60)
+    assert {one.learned.outcome for one in await ask(rooms)} == {"skipped"}
 
 
 # Moved ----------------------------------------------------------------------------------------------------------------

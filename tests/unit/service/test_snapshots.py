@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from core.codec import encode_feature
 from core.numerics import unit
-from service import adapt, app, snapshots
+from service import adapt, snapshots
 from service.adapt import LabelledImage
 from service.desk import Question
 from service.errors import (
@@ -23,51 +22,21 @@ from service.errors import (
     LimitExceeded,
     ServiceError,
     UnknownSnapshot,
-    UnknownTenant,
 )
 from service.rooms import Rooms
-from service.settings import Settings
-from service.stores import opening
-from service.stores.base import PushCandidate, SnapshotInfo, StoredBank, StoredMemory, StoredSlot
-from service.stores.memory import InProcessStore
+from service.stores.base import PushCandidate, SnapshotInfo, StoredBank, StoredSlot
 from service.tenants import ClassSpec, TenantConfig, class_id
 from tests.support.fakes import FakeEncoder, picture
+from tests.support.replicas import PATIENCE_S, Replicas, replicas
 
 FOREVER = float("inf")
-PATIENCE_S = 20.0
 DAY_S = 86_400.0
 NAMES = ("red", "green", "blue")
 RED, GREEN, BLUE = map(class_id, NAMES)
 
 
-class Clock:
-    """Monotonic and wall time, which stand still until they are told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
-
-
-class House:
-    """Replicas of a service that share one store and one clock, without a housekeeper."""
-
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self.clock, self._stack = Clock(), stack
-        self.store = InProcessStore(clock=self.clock.monotonic, remember_s=1.0, remember_bytes=1)
-
-    async def open(self, encoder: FakeEncoder | None = None, **settings: object) -> Rooms:
-        made = Settings(store="memory", **settings)  # type: ignore[arg-type]
-        return await self._stack.enter_async_context(app.open_rooms(made, encoder or FakeEncoder()))
-
-    async def memory(self, tenant: str = "zoo") -> StoredMemory:
-        stored = await self.store.load(tenant, images=True)
-        assert stored is not None
-        return stored
+class House(Replicas):
+    """Replicas, and what a test of snapshots asks of the tenant `zoo`."""
 
     async def whole(self, tenant: str = "zoo") -> tuple[object, ...]:
         """Return everything of a tenant that a snapshot keeps: all but where in its life it is."""
@@ -80,26 +49,10 @@ class House:
         stamp = (await self.memory()).record.stamp
         await self.store.push("zoo", stamp, [PushCandidate(class_id=class_, slot=slot(id_, seed)) for id_ in ids])
 
-    async def told(self) -> list[tuple[str, str]]:
-        """Return id and reason of every snapshot, the oldest first."""
-        return [(info.id, info.reason) for info in await self.store.snapshots("zoo")]
-
-    async def reasons(self) -> list[str]:
-        return [reason for _, reason in await self.told()]
-
 
 @pytest.fixture
-async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
-    async with AsyncExitStack() as stack:
-        house = House(stack)
-
-        async def nobody(_: Rooms) -> None:
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(app, "time", house.clock)
-        monkeypatch.setattr(opening, "InProcessStore", lambda **_: house.store)
-        monkeypatch.setattr(app, "keep_house", nobody)
-        monkeypatch.setattr(adapt, "_SOON_S", PATIENCE_S)
+async def house() -> AsyncIterator[House]:
+    async with replicas(House) as house:
         yield house
 
 
@@ -156,7 +109,7 @@ async def upset(house: House, rooms: Rooms) -> None:
 
 async def test_a_snapshot_tells_what_it_holds(house: House, zoo: Rooms) -> None:
     memory = await house.memory()
-    house.clock.now += 5.0
+    house.clock.advance(5.0)
     info = await snapshots.take(zoo, "zoo")
     assert info == SnapshotInfo(
         id=info.id,
@@ -174,44 +127,7 @@ async def test_a_snapshot_tells_what_it_holds(house: House, zoo: Rooms) -> None:
     assert parts[0] is not None
     assert (len(parts[0]), parts[1]) == (info.bytes, None)
     assert await snapshots.find(zoo, "zoo", info.id) == info
-
-
-async def test_taking_one_changes_nothing(house: House, zoo: Rooms) -> None:
-    before = await house.memory()
-    await snapshots.take(zoo, "zoo")
-    assert await house.memory() == before
-
-
-async def test_they_are_told_in_the_order_of_their_taking(house: House, zoo: Rooms) -> None:
-    taken = []
-    for _ in range(3):
-        house.clock.now += 1.0
-        taken.append((await snapshots.take(zoo, "zoo")).id)
-    assert [id_ for id_, _ in await house.told()] == taken
-
-
-async def test_one_that_is_dropped_is_gone_and_the_memory_stays(house: House, zoo: Rooms) -> None:
-    before = await house.memory()
-    info = await snapshots.take(zoo, "zoo")
-    await snapshots.drop(zoo, "zoo", info.id)
-    assert await house.told() == []
-    assert await house.store.read_snapshot("zoo", info.id, 0) is None
-    assert await house.memory() == before
-
-
-async def test_what_is_not_there_is_unknown(zoo: Rooms) -> None:
-    for call in (snapshots.find, snapshots.drop, snapshots.restore):
-        with pytest.raises(UnknownSnapshot):
-            await call(zoo, "zoo", "none")
-    with pytest.raises(UnknownTenant):
-        await snapshots.take(zoo, "farm")
-
-
-async def test_a_snapshot_of_one_tenant_is_unknown_to_another(zoo: Rooms) -> None:
-    info = await snapshots.take(zoo, "zoo")
-    await adapt.put_tenant(zoo, "farm", colours())
-    with pytest.raises(UnknownSnapshot):
-        await snapshots.restore(zoo, "farm", info.id)
+    assert await house.memory() == memory
 
 
 # Going back -----------------------------------------------------------------------------------------------------------
@@ -233,47 +149,16 @@ async def test_a_snapshot_brings_everything_back_bit_for_bit(house: House, zoo: 
     assert (saved.reason, saved.stamp) == ("restore", changed.record.stamp)
 
 
-async def test_a_restore_is_undone_by_restoring_what_it_saved(house: House, zoo: Rooms) -> None:
-    info = await snapshots.take(zoo, "zoo")
-    await upset(house, zoo)
-    after, said = await house.whole(), await answers(zoo)
-    _, saved = await snapshots.restore(zoo, "zoo", info.id)
-    assert await house.whole() != after
-    assert saved is not None
-    await snapshots.restore(zoo, "zoo", saved.id)
-    assert await house.whole() == after
-    assert torch.equal(await answers(zoo), said)
-
-
-async def test_a_reset_is_undone_by_restoring_what_it_saved(house: House, zoo: Rooms) -> None:
-    before = await house.whole()
-    _, saved = await adapt.reset(zoo, "zoo", dynamic=True, static=True, classes=None)
-    assert saved is not None
-    await snapshots.restore(zoo, "zoo", saved.id)
-    assert await house.whole() == before
-
-
 async def test_other_replicas_go_back_too_when_they_look_the_next_time(house: House, zoo: Rooms) -> None:
     other = await house.open()
     said = await answers(other)
     info = await snapshots.take(zoo, "zoo")
     await upset(house, zoo)
-    house.clock.now += 1.0
+    house.clock.advance(1.0)
     assert (await answers(other)).shape != said.shape or not torch.equal(await answers(other), said)
     await snapshots.restore(zoo, "zoo", info.id)
-    house.clock.now += 1.0
+    house.clock.advance(1.0)
     assert torch.equal(await answers(other), said)
-
-
-async def test_what_another_worker_learned_before_a_restore_does_not_come_into_it(house: House, zoo: Rooms) -> None:
-    before = await house.whole()
-    info = await snapshots.take(zoo, "zoo")
-    behind = (await house.memory()).record.stamp
-    await snapshots.restore(zoo, "zoo", info.id)
-    late = PushCandidate(class_id=RED, slot=slot("late", entropy=0.0))
-    with pytest.raises(Exception):  # noqa: B017, PT011 - whatever tells it to load anew
-        await house.store.push("zoo", behind, [late])
-    assert await house.whole() == before
 
 
 async def test_a_memory_that_waits_to_be_rescored_comes_back_as_one_that_waits(house: House, zoo: Rooms) -> None:
@@ -296,38 +181,32 @@ async def test_a_memory_that_waits_to_be_rescored_comes_back_as_one_that_waits(h
     assert record.labelling != record.config.labelling
 
 
-async def test_a_deleted_tenant_takes_its_snapshots_along(house: House, zoo: Rooms) -> None:
-    info = await snapshots.take(zoo, "zoo")
-    await adapt.delete_tenant(zoo, "zoo")
-    with pytest.raises(UnknownSnapshot):
-        await snapshots.restore(zoo, "zoo", info.id)
-    assert await house.store.get("zoo") is None
-
-
 # What changes nothing -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-async def test_a_snapshot_that_is_cut_changes_nothing(house: House, zoo: Rooms, share: float) -> None:
+@pytest.mark.parametrize(
+    ("share", "error"),
+    [(0.0, UnknownSnapshot), (0.01, UnknownSnapshot), (0.99, UnknownSnapshot), (None, InvalidRequest)],
+)
+async def test_a_snapshot_that_is_cut_or_has_nothing_but_its_size_changes_nothing(
+    house: House, zoo: Rooms, share: float | None, error: type[ServiceError]
+) -> None:
     info = await snapshots.take(zoo, "zoo")
     data = await house.store.read_snapshot("zoo", info.id, 0)
     assert data is not None
-    await house.store.keep_snapshot("zoo", info, [data[: int(share * len(data))]])
-    await _refused(house, zoo, info, UnknownSnapshot)
+    part = bytes(info.bytes) if share is None else data[: int(share * len(data))]
+    await house.store.keep_snapshot("zoo", info, [part])
+    await _refused(house, zoo, info, error)
 
 
-async def test_a_snapshot_whose_size_is_right_and_nothing_else_changes_nothing(house: House, zoo: Rooms) -> None:
-    info = await snapshots.take(zoo, "zoo")
-    await house.store.keep_snapshot("zoo", info, [bytes(info.bytes)])
-    await _refused(house, zoo, info, InvalidRequest)
-
-
-async def _refused(house: House, rooms: Rooms, info: SnapshotInfo, error: type[ServiceError]) -> None:
-    before, known = await house.memory(), await house.told()
-    with pytest.raises(error):
+async def _refused(
+    house: House, rooms: Rooms, info: SnapshotInfo, error: type[ServiceError], match: str | None = None
+) -> None:
+    before, known = await house.memory(), list(await house.store.snapshots("zoo"))
+    with pytest.raises(error, match=match):
         await snapshots.restore(rooms, "zoo", info.id)
     assert await house.memory() == before
-    assert await house.told() == known
+    assert list(await house.store.snapshots("zoo")) == known
 
 
 async def test_a_snapshot_of_another_encoder_changes_nothing_and_says_which_one_it_needs(
@@ -336,22 +215,14 @@ async def test_a_snapshot_of_another_encoder_changes_nothing_and_says_which_one_
     info = await snapshots.take(zoo, "zoo")
     other = await house.open(FakeEncoder("fake-2"))
     await adapt.put_tenant(other, "zoo", colours())
-    before, known = await house.memory(), await house.told()
-    with pytest.raises(FingerprintMismatch, match="fake-1"):
-        await snapshots.restore(other, "zoo", info.id)
-    assert await house.memory() == before
-    assert await house.told() == known
+    await _refused(house, other, info, FingerprintMismatch, "fake-1")
 
 
 async def test_a_restore_that_cannot_save_what_is_there_changes_nothing(house: House, zoo: Rooms) -> None:
     small = await house.open(max_snapshots=1)
     info = await snapshots.take(zoo, "zoo")
     await house.learn("late", seed=100)
-    before, known = await house.memory(), await house.told()
-    with pytest.raises(LimitExceeded, match="DMN_SNAPSHOTS"):
-        await snapshots.restore(small, "zoo", info.id)
-    assert await house.memory() == before
-    assert await house.told() == known
+    await _refused(house, small, info, LimitExceeded, "DMN_SNAPSHOTS")
 
 
 @pytest.mark.usefixtures("zoo")
@@ -365,14 +236,6 @@ async def test_nothing_is_lost_that_cannot_be_saved(house: House) -> None:
     assert await house.memory() == before
 
 
-async def test_a_file_that_is_no_memory_is_not_brought_in(house: House, zoo: Rooms, tmp_path: Path) -> None:
-    await asyncio.to_thread((tmp_path / "a").write_bytes, b"no memory" * 10)
-    before, known = await house.memory(), await house.told()
-    with pytest.raises(InvalidRequest):
-        await snapshots.bring_in(zoo, "zoo", tmp_path / "a")
-    assert (await house.memory(), await house.told()) == (before, known)
-
-
 # Moving ---------------------------------------------------------------------------------------------------------------
 
 
@@ -382,14 +245,6 @@ async def _sent(rooms: Rooms, path: Path) -> Path:
     return path
 
 
-async def test_an_exported_memory_is_the_same_under_another_name(house: House, zoo: Rooms, tmp_path: Path) -> None:
-    path = await _sent(zoo, tmp_path / "zoo")
-    record, saved = await snapshots.bring_in(zoo, "farm", path)
-    assert saved is None
-    assert record.name == "farm"
-    assert await house.whole("farm") == await house.whole("zoo")
-
-
 async def test_no_more_tenants_are_brought_in_than_allowed(house: House, zoo: Rooms, tmp_path: Path) -> None:
     path = await _sent(zoo, tmp_path / "zoo")
     full = await house.open(max_tenants=2)
@@ -397,11 +252,6 @@ async def test_no_more_tenants_are_brought_in_than_allowed(house: House, zoo: Ro
         await snapshots.bring_in(full, "farm", path)
     assert await house.store.get("farm") is None
     await snapshots.bring_in(full, "zoo", path)
-
-
-async def test_an_unknown_tenant_is_not_exported(zoo: Rooms) -> None:
-    with pytest.raises(UnknownTenant):
-        await snapshots.send_out(zoo, "farm")
 
 
 # By themselves --------------------------------------------------------------------------------------------------------
@@ -419,10 +269,10 @@ async def test_one_is_taken_before_whatever_loses_something(house: House, zoo: R
             lambda: snapshots.bring_in(zoo, "zoo", path),
         )
     ):
-        house.clock.now += 1.0
+        house.clock.advance(1.0)
         stamps.append((await house.memory()).record.stamp)
         await lose()  # type: ignore[no-untyped-call]
-        assert len(await house.told()) == n + 1
+        assert len(list(await house.store.snapshots("zoo"))) == n + 1
     infos = await house.store.snapshots("zoo")
     assert [info.reason for info in infos] == ["class-removal", "class-removal", "reset", "import"]
     assert [info.stamp for info in infos] == stamps
@@ -434,10 +284,10 @@ async def test_one_is_taken_before_the_encoder_changes(house: House, zoo: Rooms)
     before = await house.whole()
     other = await house.open(FakeEncoder("fake-2"))
     await adapt.put_tenant(other, "zoo", colours())
-    ((id_, reason),) = await house.told()
-    assert reason == "encoder-change"
+    (saved,) = await house.store.snapshots("zoo")
+    assert saved.reason == "encoder-change"
     await adapt.put_tenant(zoo, "zoo", colours())
-    await snapshots.restore(zoo, "zoo", id_)
+    await snapshots.restore(zoo, "zoo", saved.id)
     assert await house.whole() == before
 
 
@@ -448,7 +298,7 @@ async def test_what_loses_nothing_takes_none(house: House, zoo: Rooms) -> None:
     await adapt.remove_class(zoo, "empty", "red")
     _, saved = await adapt.reset(zoo, "empty", dynamic=True, static=True, classes=None)
     assert saved is None
-    assert await house.told() == []
+    assert await house.reasons() == []
     assert list(await house.store.snapshots("empty")) == []
 
 
@@ -457,7 +307,7 @@ async def test_none_is_taken_where_none_is_to_be_kept(house: House) -> None:
     without = await house.open(snapshots=0)
     _, saved = await adapt.reset(without, "zoo", dynamic=True, static=True, classes=None)
     assert saved is None
-    assert await house.told() == []
+    assert await house.reasons() == []
 
 
 async def test_what_a_refused_change_would_have_lost_is_not_saved_either(house: House, zoo: Rooms) -> None:
@@ -467,7 +317,7 @@ async def test_what_a_refused_change_would_have_lost_is_not_saved_either(house: 
     ):
         with pytest.raises(ServiceError):
             await refused()  # type: ignore[no-untyped-call]
-    assert await house.told() == []
+    assert await house.reasons() == []
 
 
 # How many are kept ----------------------------------------------------------------------------------------------------
@@ -476,7 +326,7 @@ async def test_what_a_refused_change_would_have_lost_is_not_saved_either(house: 
 async def _kept(house: House, rooms: Rooms, reasons: Sequence[str]) -> list[str]:
     """Take one after the other, and return the reasons of those that are left."""
     for reason in reasons:
-        house.clock.now += 1.0
+        house.clock.advance(1.0)
         await snapshots.take(rooms, "zoo", reason)
     return await house.reasons()
 
@@ -493,11 +343,11 @@ async def test_automatic_ones_go_when_bytes_are_wanted_and_manual_ones_do_not(ho
     few = await house.open(snapshot_max_bytes=3 * each)
     assert await _kept(house, few, ["b", "manual", "manual"]) == ["b", "manual", "manual"]
     assert await _kept(house, few, ["manual"]) == ["manual"] * 3
-    before = await house.told()
+    before = list(await house.store.snapshots("zoo"))
     for reason in ("manual", "a"):
         with pytest.raises(LimitExceeded, match=str(3 * each)):
             await snapshots.take(few, "zoo", reason)
-    assert await house.told() == before
+    assert list(await house.store.snapshots("zoo")) == before
 
 
 @pytest.mark.usefixtures("zoo")
@@ -523,7 +373,7 @@ async def test_a_restore_of_the_oldest_one_is_not_cut_short_by_what_it_saves(hou
     few = await house.open(snapshots=1)
     info = await snapshots.take(zoo, "zoo", "schedule")
     before = await house.whole()
-    house.clock.now += 1.0
+    house.clock.advance(1.0)
     await house.learn("late", seed=100)
     await snapshots.restore(few, "zoo", info.id)
     assert await house.whole() == before
@@ -536,7 +386,7 @@ async def test_a_restore_of_the_oldest_one_is_not_cut_short_by_what_it_saves(hou
 async def _periods(house: House, rooms: Rooms, count: int) -> None:
     """Let so many periods pass, with a look at the schedule at the end of each."""
     for _ in range(count):
-        house.clock.now += DAY_S
+        house.clock.advance(DAY_S)
         await snapshots.on_schedule(rooms, "zoo")
 
 
@@ -546,10 +396,10 @@ async def test_the_first_one_on_schedule_comes_after_a_period_and_then_one_a_per
         assert await house.reasons() == []
     for day in range(3):
         await house.learn(f"day{day}", seed=day)
-        house.clock.now += DAY_S - 1.0
+        house.clock.advance(DAY_S - 1.0)
         await snapshots.on_schedule(zoo, "zoo")
         assert await house.reasons() == ["schedule"] * day
-        house.clock.now += 1.0
+        house.clock.advance(1.0)
         await snapshots.on_schedule(zoo, "zoo")
         assert await house.reasons() == ["schedule"] * (day + 1)
 
@@ -560,7 +410,7 @@ async def test_of_two_replicas_one_takes_it_whichever_comes_first(house: House, 
         await snapshots.on_schedule(rooms, "zoo")
     for day in range(4):
         await house.learn(f"day{day}", seed=day)
-        house.clock.now += DAY_S
+        house.clock.advance(DAY_S)
         for rooms in (zoo, other) if day % 2 else (other, zoo):
             await snapshots.on_schedule(rooms, "zoo")
             assert await house.reasons() == ["schedule"] * (day + 1)
@@ -580,7 +430,7 @@ async def test_of_two_who_find_it_due_at_the_same_moment_one_takes_it(
             await looked.wait()
         return found
 
-    house.clock.now += DAY_S
+    house.clock.advance(DAY_S)
     for rooms in (zoo, other):
         monkeypatch.setattr(rooms.store, "snapshots", together)
     async with asyncio.timeout(PATIENCE_S):
@@ -589,10 +439,10 @@ async def test_of_two_who_find_it_due_at_the_same_moment_one_takes_it(
 
 
 async def test_one_that_was_taken_for_another_reason_does_not_put_it_off(house: House, zoo: Rooms) -> None:
-    house.clock.now += DAY_S / 2
+    house.clock.advance(DAY_S / 2)
     await snapshots.take(zoo, "zoo")
     await house.learn("new", seed=9)
-    house.clock.now += DAY_S / 2
+    house.clock.advance(DAY_S / 2)
     await snapshots.on_schedule(zoo, "zoo")
     assert await house.reasons() == ["manual", "schedule"]
 
@@ -622,15 +472,15 @@ async def test_on_schedule_none_is_taken_of_an_empty_memory_or_of_nobody(house: 
     for tenant in ("zoo", "farm"):
         for _ in range(3):
             await snapshots.on_schedule(rooms, tenant)
-            house.clock.now += DAY_S
-    assert await house.told() == []
+            house.clock.advance(DAY_S)
+    assert await house.reasons() == []
 
 
 @pytest.mark.usefixtures("zoo")
 @pytest.mark.parametrize("settings", [{"snapshot_every_s": 0.0}, {"snapshots": 0}])
 async def test_without_a_schedule_none_is_taken(house: House, settings: dict[str, float]) -> None:
     await _periods(house, await house.open(**settings), 3)
-    assert await house.told() == []
+    assert await house.reasons() == []
 
 
 async def test_a_bank_of_the_store_reads_the_same_after_any_number_of_journeys(house: House, zoo: Rooms) -> None:
@@ -648,6 +498,6 @@ async def test_a_bank_of_the_store_reads_the_same_after_any_number_of_journeys(h
     )
     before = await house.whole()
     for _ in range(3):
-        house.clock.now += 1.0
+        house.clock.advance(1.0)
         await snapshots.restore(zoo, "zoo", (await snapshots.take(zoo, "zoo")).id)
     assert await house.whole() == before

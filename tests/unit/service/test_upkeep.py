@@ -7,7 +7,6 @@ import hashlib
 import math
 import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import numpy as np
@@ -18,14 +17,13 @@ from torch import Tensor
 from core.codec import decode_feature, encode_feature
 from core.numerics import unit
 from core.snapshot import Snapshot
-from service import adapt, app, upkeep
+from service import adapt, upkeep
+from service.archive import origin_of
 from service.classify import ClassifyCall, classify
 from service.desk import Reading
 from service.errors import Contended
 from service.jobs import Report
 from service.rooms import Rooms
-from service.settings import Settings
-from service.stores import opening
 from service.stores.base import (
     Conflict,
     Job,
@@ -37,27 +35,13 @@ from service.stores.base import (
     StoredShot,
     StoredSlot,
 )
-from service.stores.memory import InProcessStore
 from service.tenants import ClassSpec, TenantConfig, class_id
 from tests.support.fakes import FakeEncoder, picture
+from tests.support.replicas import PATIENCE_S, Replicas, replicas
 
-PATIENCE_S = 20.0
 TAU = FakeEncoder.logit_scale
 COLOURS = ("red", "green", "blue", "yellow")
 RED, GREEN, BLUE, YELLOW = map(class_id, COLOURS)
-
-
-class Clock:
-    """Monotonic and wall time, which stand still until they are told."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    def time(self) -> float:
-        return self.now
 
 
 class Other(FakeEncoder):
@@ -73,16 +57,8 @@ class Other(FakeEncoder):
         return super().encode_texts(texts).flip(1)
 
 
-class House:
-    """Replicas of a service that share one store and one clock, without a housekeeper."""
-
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self.clock, self._stack = Clock(), stack
-        self.store = InProcessStore(clock=self.clock.monotonic, remember_s=1.0, remember_bytes=1)
-
-    async def open(self, encoder: FakeEncoder | None = None, **settings: object) -> Rooms:
-        made = Settings(store="memory", **settings)  # type: ignore[arg-type]
-        return await self._stack.enter_async_context(app.open_rooms(made, encoder or FakeEncoder()))
+class House(Replicas):
+    """Replicas, and a tenant `zoo` that another label set scored."""
 
     async def put(
         self,
@@ -108,31 +84,10 @@ class House:
             shots=shots,
         )
 
-    async def memory(self) -> StoredMemory:
-        stored = await self.store.load("zoo", images=True)
-        assert stored is not None
-        return stored
-
-    async def slots(self) -> dict[str, dict[str, StoredSlot]]:
-        """Return the slots by class id and id, of classes that have any."""
-        return {own: {slot.id: slot for slot in bank} for own, bank in (await self.memory()).slots.items() if len(bank)}
-
-    async def shots(self) -> dict[str, StoredShot]:
-        return {shot.id: shot for own in (await self.memory()).shots.values() for shot in own}
-
 
 @pytest.fixture
-async def house(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[House]:
-    async with AsyncExitStack() as stack:
-        house = House(stack)
-
-        async def nobody(_: Rooms) -> None:
-            await asyncio.Event().wait()
-
-        monkeypatch.setattr(app, "time", house.clock)
-        monkeypatch.setattr(opening, "InProcessStore", lambda **_: house.store)
-        monkeypatch.setattr(app, "keep_house", nobody)
-        monkeypatch.setattr(adapt, "_SOON_S", PATIENCE_S)
+async def house() -> AsyncIterator[House]:
+    async with replicas(House) as house:
         yield house
 
 
@@ -286,7 +241,7 @@ async def test_of_two_slots_with_one_id_the_surer_stays_as_anywhere(house: House
     one, other = slot("1", look("red", 0.1)), slot("1", look("red", 0.3))
     for slots in ({GREEN: [one], BLUE: [other]}, {GREEN: [other], BLUE: [one]}):
         await house.put(colours(), slots=slots)
-        house.clock.now += 60.0
+        house.clock.advance(60.0)
         await resumed(rooms)
         (kept,) = (await house.slots())[RED].values()
         assert kept.feature == one.feature
@@ -389,7 +344,7 @@ async def test_work_that_takes_long_is_not_begun_twice(house: House, rooms: Room
         await gate.reached.wait()
     assert job is not None
     for _ in range(10):
-        house.clock.now += 20.0
+        house.clock.advance(20.0)
         await house.store.note_job("zoo", replace(job, updated=house.clock.now))
         assert await upkeep.resume(rooms, "zoo") is None
         assert await upkeep.resume(other, "zoo") is None
@@ -423,7 +378,7 @@ async def test_a_memory_that_changes_again_and_again_ends_in_a_failure_and_is_st
     assert job.state is JobState.FAILED
     assert job.error is not None
     assert job.error["detail"] == Contended().detail
-    house.clock.now += 60.0
+    house.clock.advance(60.0)
     assert (await resumed(rooms)).state is JobState.DONE
 
 
@@ -439,7 +394,7 @@ async def test_scoring_that_is_cancelled_leaves_everything_as_it_was_and_is_done
     await rooms.jobs.cancel("zoo", job.id)
     gate.open()
     assert await house.memory() == before
-    house.clock.now += 60.0
+    house.clock.advance(60.0)
     assert (await resumed(await house.open())).state is JobState.DONE
     assert set((await house.slots())[RED]) == {"1"}
 
@@ -553,7 +508,7 @@ async def test_kept_images_are_read_with_the_new_encoder_and_the_dynamic_memory_
     (job,) = await newer.jobs.every("zoo")
     assert (job.kind, job.state, job.result) == ("reencode", JobState.DONE, {"shots": 4, "failed": []})
     memory = await house.memory()
-    assert memory.record.fingerprint == "fake-2"
+    assert (memory.record.fingerprint, memory.record.origin) == ("fake-2", origin_of(newer.encoder))
     assert await house.slots() == {}
     images = [one.image for one in shots if one.image is not None]
     for one, feature in zip(shots, await features(newer, images), strict=True):
@@ -602,7 +557,7 @@ async def test_reading_that_is_cancelled_keeps_what_it_read_and_is_taken_up_by_t
     assert sum(bool(one.feature) for one in (await house.shots()).values()) == 4
     async with newer.archive.open("zoo") as hot:
         assert (hot.due, hot.unread) == (True, 6)
-    house.clock.now += 60.0
+    house.clock.advance(60.0)
     assert (await resumed(newer)).result == {"shots": 6, "failed": []}
     shots = await house.shots()
     assert set(shots) == {shot(n).id for n in range(10)}
@@ -664,11 +619,21 @@ async def test_while_images_wait_to_be_read_nothing_is_learned_and_answers_say_s
 async def test_callers_come_before_it_when_the_server_is_full(
     house: House, newer: Rooms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(newer.batcher, "retry_after_s", lambda: 0.001)
+    refusals, twice = 0, asyncio.Event()
+
+    def soon() -> float:
+        nonlocal refusals
+        refusals += 1
+        if refusals == 2:
+            twice.set()
+        return 0.001
+
+    monkeypatch.setattr(newer.batcher, "retry_after_s", soon)
     monkeypatch.setattr(adapt, "_SOON_S", 0.0)
     with newer.batcher.admit(newer.settings.tenant_queue_images, tenant="zoo"):
         job = await changed(house, newer, [shot(1)])
         assert job is not None
-        await newer.jobs.wait(job.id, 0.01)
+        async with asyncio.timeout(PATIENCE_S):
+            await twice.wait()
         assert (await newer.jobs.get("zoo", job.id)).state is JobState.RUNNING
     assert (await done(newer, job)).result == {"shots": 1, "failed": []}
