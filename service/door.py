@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from socket import socket
 from types import FrameType
@@ -41,7 +41,15 @@ class Gate(Protocol):
 class Door(uvicorn.Server):
     """Turns readiness off first when told to stop, so that a balancer looks elsewhere before the door closes."""
 
-    def __init__(self, app: Any, settings: Settings, gate: Gate, opened: Callable[[Address], None]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        settings: Settings,
+        gate: Gate,
+        opened: Callable[[Address], None],
+        *,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._step = Doorstep(
             patience=Patience(
                 callers=math.ceil(settings.max_connections / max(1, settings.http_workers)),
@@ -66,7 +74,7 @@ class Door(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(settings.drain_timeout_s),
             )
         )
-        self._gate, self._delay_s, self._opened = gate, settings.drain_delay_s, opened
+        self._gate, self._delay_s, self._opened, self._sleep = gate, settings.drain_delay_s, opened, sleep
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Open, and tell where."""
@@ -78,7 +86,7 @@ class Door(uvicorn.Server):
         """Close the door behind whoever was there before, hear what they have to say, and see everybody out."""
         await self._let_last_in()
         if not self.force_exit:
-            await asyncio.sleep(_LAST_WORDS_S)
+            await self._sleep(_LAST_WORDS_S)
         await super().shutdown(sockets)
 
     async def _let_last_in(self) -> None:

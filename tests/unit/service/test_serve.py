@@ -6,32 +6,56 @@ import asyncio
 import io
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 from rich.console import Console
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from service.app import create_app, open_rooms
+from service import serve
+from service.app import open_rooms
 from service.door import Address, Door, announce, kept
-from service.rooms import Rooms
+from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.fakes import FakeEncoder
 
+PATIENCE_S = 60.0
+
+
+class Rooms:
+    """What the door knows of the rooms behind it."""
+
+    def __init__(self) -> None:
+        self.leaving, self.metrics = False, Metrics(CollectorRegistry())
+
 
 @pytest.fixture
-async def rooms() -> AsyncIterator[Rooms]:
-    async with open_rooms(Settings(drain_delay_s=0, port=0), FakeEncoder()) as rooms:
-        yield rooms
+def rooms() -> Rooms:
+    return Rooms()
 
 
-def server(rooms: Rooms, settings: Settings, console: Console | None = None) -> Door:
+async def app(_: Request) -> Response:
+    return Response("fine")
+
+
+def server(
+    rooms: Rooms,
+    settings: Settings,
+    console: Console | None = None,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> Door:
     def opened(address: Address) -> None:
-        announce(console or Console(file=io.StringIO()), rooms.settings, encoder=rooms.encoder.name, address=address)
+        announce(console or Console(file=io.StringIO()), settings, encoder="fake", address=address)
 
-    return Door(create_app(settings, rooms), settings, rooms.batcher, opened)
+    return Door(Starlette(routes=[Route("/livez", app)]), settings, rooms, opened, sleep=sleep)
 
 
 @asynccontextmanager
@@ -58,11 +82,11 @@ IPV6 = pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 on this machine")
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", pytest.param("::1", marks=IPV6)])
 async def test_it_says_on_which_url_it_answers(rooms: Rooms, host: str) -> None:
     console = Console(file=(file := io.StringIO()), width=40)
-    own = server(rooms, Settings(host=host, port=0, drain_delay_s=0), console)
+    own = server(rooms, Settings(store="memory", host=host, port=0, drain_delay_s=0), console)
     async with listening(own):
         (line,) = file.getvalue().splitlines()
         url = next(word for word in line.split() if word.startswith("http://"))
-        async with httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_S) as client:
             assert (await client.get("/livez")).status_code == 200
     assert "fake" in line
     assert "Memories are not kept" in line
@@ -85,27 +109,34 @@ def test_it_says_where_memories_are_kept_without_a_password(settings: Settings, 
 async def test_told_to_stop_it_turns_readiness_off_before_it_refuses_work(rooms: Rooms) -> None:
     own = server(rooms, Settings(drain_delay_s=1000))
     own.handle_exit(signal.SIGTERM, None)
-    assert rooms.batcher.leaving
-    assert not rooms.batcher.draining
+    assert rooms.leaving
     assert not own.should_exit
-    with rooms.batcher.admit(1, tenant="a"):
-        pass
-    rooms.batcher.leaving = False
 
 
-async def test_after_the_delay_it_stops_and_still_takes_the_work_of_who_is_inside(rooms: Rooms) -> None:
+async def test_after_the_delay_it_stops(rooms: Rooms) -> None:
     own = server(rooms, Settings(drain_delay_s=0))
     own.handle_exit(signal.SIGTERM, None)
-    for _ in range(10):
-        await asyncio.sleep(0)
-    assert own.should_exit
-    with rooms.batcher.admit(1, tenant="a"):
-        pass
+    await _until(lambda: own.should_exit)
+    assert not own.force_exit
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():  # noqa: ASYNC110 - what is waited for sends no event
+            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("late", [False, True])
 async def test_who_was_there_before_the_door_closed_is_answered(rooms: Rooms, *, late: bool) -> None:
-    own = server(rooms, Settings(drain_delay_s=0, port=0))
+    said = asyncio.Event()
+
+    async def until_heard(seconds: float) -> None:
+        """Stand still for as long as the request takes to arrive."""
+        assert seconds > 0
+        await said.wait()
+        await _until(lambda: any(getattr(caller, "cycle", None) for caller in own.server_state.connections))
+
+    own = server(rooms, Settings(drain_delay_s=0, port=0), sleep=until_heard)
     own.config.load()
     own.lifespan = own.config.lifespan_class(own.config)
     await own.startup()
@@ -115,12 +146,12 @@ async def test_who_was_there_before_the_door_closed_is_answered(rooms: Rooms, *,
         if not late:
             caller.sendall(request)
         leaving = asyncio.create_task(own.shutdown())
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await _until(lambda: bool(own.server_state.connections))
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
         if late:
             caller.sendall(request)
+        said.set()
         await leaving
         assert caller.recv(4096).startswith(b"HTTP/1.1 200 ")
 
@@ -132,11 +163,11 @@ async def test_told_twice_it_does_not_wait_for_the_delay(rooms: Rooms) -> None:
     assert own.should_exit
 
 
-@pytest.mark.parametrize("seconds", [0.5, 30.0])
-async def test_the_time_for_work_in_flight_is_the_setting(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+@pytest.mark.parametrize(("seconds", "whole"), [(0.5, 1), (30.0, 30)])
+async def test_the_time_for_work_in_flight_is_the_setting(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, whole: int
+) -> None:
     """Half a second is not none."""
-    from service import serve  # noqa: PLC0415 - patched here alone
-
     seen: list[float | None] = []
 
     class Noted(Door):
@@ -145,14 +176,8 @@ async def test_the_time_for_work_in_flight_is_the_setting(monkeypatch: pytest.Mo
             seen.append(self.config.timeout_graceful_shutdown)
             self.started = True
 
-    @asynccontextmanager
-    async def furnished(settings: Settings) -> AsyncIterator[Rooms]:
-        async with open_rooms(settings, FakeEncoder()) as rooms:
-            yield rooms
-
     monkeypatch.setattr(serve, "Door", Noted)
-    monkeypatch.setattr(serve, "open_rooms", furnished)
+    monkeypatch.setattr(serve, "open_rooms", partial(open_rooms, encoder=FakeEncoder()))
     settings = Settings(port=0, drain_timeout_s=seconds)
     assert await serve._serve(settings, Console(file=io.StringIO())) == 0
-    assert seen[0] is not None
-    assert seen[0] >= seconds
+    assert seen == [whole]
