@@ -22,6 +22,10 @@ os.environ["DMN_STORE"] = "memory"
 _skipped: list[str] = []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--scale", choices=("short", "long"), default="short", help="How long the runs of tests/soak are.")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the slow folders."""
     for item in items:

@@ -23,9 +23,8 @@ from core import openclip
 from service.app import create_app
 from service.settings import Settings
 from service.stores.embedded import find_binary
-from tests.soak.running import servers_of
 from tests.support.fakes import FakeEncoder, picture
-from tests.support.process import PATIENCE_S, Command
+from tests.support.process import PATIENCE_S, Command, servers_of
 
 pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 
-from tests.soak.running import PATIENCE_S, client
 from tests.support.fakes import COLOURS, picture
+from tests.support.process import PATIENCE_S, client
 
 LABELS = tuple(COLOURS)
 HELD = ("filled", "replaced", "duplicate")

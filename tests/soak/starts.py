@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from tests.soak.running import PATIENCE_S, ROOT, Watch, parent_of, servers_of, until
+from tests.support.process import PATIENCE_S, ROOT, kill_servers_of, parent_of, servers_of, until
 
-_LONG_S = 30.0
-"""How long a server may take that has nothing to read."""
+_LOOK_S = 0.02
+
+
+class Watch:
+    """Looks all the time how many servers a folder has; `most` is the most that there were at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._over = folder, threading.Event()
+        self.most, self.looks = 0, 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look until the block ends."""
+        thread = threading.Thread(target=self._look, name="watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join(PATIENCE_S)
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_S):
+            servers = servers_of(self._folder)
+            if len(servers) > 1:
+                # One look takes a while, in which one server may end and another start: those that two looks see
+                # were there at the same time.
+                servers &= servers_of(self._folder)
+            self.most = max(self.most, len(servers))
+            self.looks += 1
 
 
 def pair(folder: Path) -> list[str]:
@@ -71,9 +99,7 @@ def cleared(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for pid in servers_of(folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_servers_of(folder)
 
 
 def _leave(one: subprocess.Popen[str], folder: Path) -> list[str]:
@@ -81,9 +107,9 @@ def _leave(one: subprocess.Popen[str], folder: Path) -> list[str]:
     assert one.stdin is not None
     one.stdin.close()
     try:
-        status = one.wait(_LONG_S)
+        status = one.wait(PATIENCE_S)
     except subprocess.TimeoutExpired:
-        return [f"the last who used a server did not end within {_LONG_S:.0f} s"]
+        return [f"the last who used a server did not end within {PATIENCE_S:.0f} s"]
     left = servers_of(folder)
     wrong = [] if status == 0 else [f"the last who used a server ended with status {status}"]
     return [*wrong, f"the last who used a server left {sorted(left)}"] if left else wrong
@@ -110,5 +136,5 @@ def _appears(folder: Path, known: tuple[int, ...]) -> int:
         found.update(servers_of(folder) - set(known))
         return bool(found)
 
-    until(there, "server", look_s=0.0)
+    until("there is a server", there, look_s=0.0)
     return min(found)

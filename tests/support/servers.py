@@ -20,10 +20,10 @@ from typing import Any
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
-from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from service.stores.embedded import find_binary
+from tests.support.process import until
 
 BINARIES = {"valkey": find_binary(), "redis": shutil.which("redis-server")}
 """Real servers: the one that the embedded store runs, and Debian's Redis where it is."""
@@ -182,17 +182,6 @@ class Node:
 def client_of(port: int) -> Redis:
     """Return a client of one server that neither waits for long nor tries again."""
     return Redis(host=HOST, port=port, decode_responses=True, socket_timeout=5.0, retry=Retry(NoBackoff(), 0))
-
-
-def until(what: str, probe: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
-    """Return once something holds of other processes, which tell nobody; a server that does not answer does not."""
-    ends = time.monotonic() + seconds
-    while True:
-        with contextlib.suppress(RedisError, OSError, LookupError):
-            if probe():
-                return
-        assert time.monotonic() < ends, f"waited {seconds:g} s in vain until {what}"
-        time.sleep(0.02)  # bounded above
 
 
 @contextmanager

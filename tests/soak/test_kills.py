@@ -1,57 +1,53 @@
-"""Killed and still there: `python tests/soak/kills.py [--rounds 20 --seed 0 --encoder fake --json]`.
+"""The real command is killed under load, and what an answer said is learned is there afterwards.
 
-Runs the real command with its embedded store on a data folder of its own, and sends pictures over HTTP from several
-threads. At a random moment of that it kills, with SIGKILL, the service, or the server, or both, and starts again what
-does not start by itself. Beside the rounds it kills services that are only starting, and presses Ctrl-C. After each:
-nothing that an answer told to be in a slot is missing, unless surer ones took its place; what was learned before is as
-it was; the service is ready within 10 s, not counting the time that others had the processors; there was never more
-than one server. At last nothing is left running.
+The service runs with its embedded store on a data folder of its own, and is sent pictures over HTTP from several
+threads. At a random moment of that the service, or the server, or both are killed with SIGKILL, and started again where
+they do not start by themselves. Beside these rounds, the long run kills services that are only starting, and presses
+Ctrl-C. After each: nothing that an answer told to be in a slot is missing, unless surer ones took its place; what was
+learned before is as it was; there was never more than one server; in the long run, the service is ready within 10 s,
+not counting the time that others had the processors. At last nothing is left running.
 
-Then it meets the moments at which a server is there and does not listen yet, and its starter dies, or leaves.
-
-With a compiler, some more rounds kill a server whose disk is slow: what was answered must not wait for the disk only
-in the memory of a process that may die. Status 1 if a law is broken.
+With a compiler, the long run also kills a server whose disk is slow: what was answered must not wait for the disk only
+in the memory of a process that may die.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import os
 import shutil
-import signal
 import statistics
 import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import httpx
+import pytest
 
 from service.stores.embedded import find_binary
 from tests.soak.load import LABELS, Banks, Ledger, Load, missing, send, undelivered
-from tests.soak.running import Service, Watch, servers_of, until
-from tests.soak.starts import leave, pair
+from tests.soak.report import tell
+from tests.soak.starts import Watch, leave, pair
 from tests.support.fakes import picture
+from tests.support.process import Service, kill_servers_of, servers_of, until
+
+pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")
 
 KINDS = ("service", "server", "both")
 """What is killed, round after round."""
 
-READY_S = 10.0
 SLOTS = 20
 _SHOWN = 5
 """Faults of a round that are told one by one."""
 
-FEWEST, MOST = 10, 400
-"""Answered pictures before a kill."""
+FEWEST = 10
+"""Answered pictures before a kill, at least."""
 
 _EXTRAS_EVERY = 5
 _TOGETHER = 16
@@ -64,6 +60,24 @@ int fdatasync(int file) { usleep(DELAY_US); return syscall(SYS_fdatasync, file);
 int fsync(int file) { usleep(DELAY_US); return syscall(SYS_fsync, file); }
 """
 _DELAY_MS = 700
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Size of a run: `most` pictures are answered before a kill, and a start takes `ready_s` at most."""
+
+    rounds: int
+    seed: int
+    most: int
+    ready_s: float
+    slow_rounds: int
+
+
+OPTIONS = {
+    "short": Options(rounds=len(KINDS), seed=1, most=150, ready_s=inf, slow_rounds=0),
+    "long": Options(rounds=20, seed=0, most=400, ready_s=10.0, slow_rounds=6),
+}
+STARTS = {"short": 1, "long": 10}
 
 
 @dataclass(kw_only=True)
@@ -88,50 +102,26 @@ class Report:
     slow_disk: str = "not tried"
     faults: list[str] = field(default_factory=list)
 
-    def json(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Any]:
+        """Return what is told of it; of times, the median and the most."""
         times = {f"ready_after_{kind}_s": own for kind, own in sorted(self.ready_s.items())}
         times |= {"starts_had_a_processor_s": self.had_s, "starts_waited_for_one_s": self.waited_s}
-        waits = [
-            (name, {"median": round(statistics.median(own), 2), "max": round(max(own), 2)})
-            for name, own in times.items()
-            if own
-        ]
-        return {
-            **{f"rounds_{kind}": count for kind, count in self.kinds.items()},
-            "pictures": self.sent,
-            **{f"outcome_{name}": count for name, count in sorted(self.outcomes.items())},
-            "told_to_be_held": self.held,
-            "refused_with_503": self.refused,
-            "calls_cut_off": self.cut,
-            "answered_while_store_away": self.stale,
-            "not_settled_at_first": self.unsettled,
-            **dict(waits),
-            "most_servers_at_once": self.most_servers,
-            "looks_at_servers": self.looks,
-            "rounds_with_losses": self.broken,
-            "slow_disk": self.slow_disk,
-            "seconds": round(self.seconds, 1),
-            "faults": self.faults,
-        }
+        most = {name: [round(at(own), 2) for at in (statistics.median, max)] for name, own in times.items() if own}
+        hidden = ("ready_s", "had_s", "waited_s")
+        return {name: value for name, value in vars(self).items() if name not in hidden} | most
 
 
 class Run:
     """Rounds on one data folder. Every round has a tenant of its own; those of earlier rounds must stay as they are."""
 
-    def __init__(
-        self,
-        home: Path,
-        report: Report,
-        seed: int,
-        *,
-        ready_s: float,
-        most: int = MOST,
-        encoder: str = "fake",
-        binary: str = "",
-    ) -> None:
-        self._service, self._ready_s = Service(home, encoder, binary), ready_s
+    def __init__(self, home: Path, report: Report, seed: int, *, ready_s: float, most: int, binary: str = "") -> None:
+        home.mkdir()
+        self._folder, self._ready_s = home / "data", ready_s
+        settings = {"DMN_DATA_DIR": str(self._folder), "DMN_DRAIN_DELAY_S": "0.2"}
+        settings |= {"DMN_EMBEDDED_BINARY": binary} if binary else {}
+        self._service = Service("fake", store="embedded", **settings)
         self._report, self._random, self._most = report, Random(seed), most
-        self._watch = Watch(self._service.folder)
+        self._watch = Watch(self._folder)
         self._left: dict[str, Banks] = {}
         self._name = home.name
 
@@ -143,11 +133,12 @@ class Run:
                 self._restart("start")
                 yield
                 self._stop("end")
-        except (TimeoutError, AssertionError, subprocess.TimeoutExpired) as error:
-            told = f"{self._service.said()[-3000:]}\n{self._service.server_log()[-3000:]}"
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            told = f"{self._service.said()[-3000:]}\n{self._server_log()[-3000:]}"
             self._report.faults.append(f"{error!r}; the service and its server said last:\n{told}")
         finally:
-            self._service.clear()
+            self._service.close()
+            kill_servers_of(self._folder)
             self._report.most_servers = max(self._report.most_servers, self._watch.most)
             self._report.looks += self._watch.looks
             if self._watch.most > 1:
@@ -159,7 +150,7 @@ class Run:
         ledger = self._new_tenant(f"{self._name}-{sum(self._report.kinds.values())}-{kind}")
         moment = self._random.randint(FEWEST, self._most)
         with Load(self._service.url, ledger, ledger.tenant).running():
-            until(lambda: ledger.settled >= moment, "answers")
+            until("pictures are learned", lambda: ledger.settled >= moment)
             {
                 "service": self._kill_service,
                 "server": self._kill_server,
@@ -167,6 +158,8 @@ class Run:
                 "starting": self._kill_starting,
                 "stop": self._stop_under_load,
             }[kind](ledger)
+            if kind != "server":
+                until("a call is cut off", lambda: ledger.cut > 0)
         if kind != "server":
             self._restart(kind)
         self._check(kind, ledger)
@@ -180,16 +173,16 @@ class Run:
     def _kill_server(self, ledger: Ledger) -> None:
         """Kill the server alone: the service goes on, and learns again as soon as there is another."""
         killed = time.monotonic()
-        self._kill_servers()
+        kill_servers_of(self._folder)
         self._read(ledger.tenant, "/memory")
-        until(self._service.says_ready, "readiness after the server was killed")
+        self._service.ready()
         self._note_ready("server", time.monotonic() - killed)
         back = time.monotonic()
-        until(lambda: ledger.held_since(back), "write after the server was killed")
+        until("a picture is learned after the server was killed", lambda: ledger.held_since(back))
 
     def _kill_both(self, ledger: Ledger) -> None:
         ledger.may_be_cut = True
-        first, second = self._random.sample((self._service.kill, self._kill_servers), 2)
+        first, second = self._random.sample((self._service.kill, lambda: kill_servers_of(self._folder)), 2)
         first()
         second()
 
@@ -197,15 +190,16 @@ class Run:
         """Kill the service, and the next one while it starts, once with the server that it may have started."""
         self._kill_service(ledger)
         if self._random.random() < 0.5:
-            self._kill_servers()
+            kill_servers_of(self._folder)
         for _ in range(2):
             self._service.start()
             moment = self._random.uniform(0.0, statistics.median(self._report.ready_s["start"]))
-            if self._service.ended_within(moment):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._service.command.process.wait(moment)
                 self._report.faults.append(f"the service ended while it started: {self._service.said()[-500:]}")
             self._service.kill()
         if self._random.random() < 0.5:
-            self._kill_servers()
+            kill_servers_of(self._folder)
 
     def _stop_under_load(self, ledger: Ledger) -> None:
         ledger.may_be_cut = True
@@ -213,25 +207,27 @@ class Run:
 
     def _stop(self, when: str) -> None:
         """Press Ctrl-C, and see that everything ends in order: status 0, the server saved, nothing is left."""
-        before = len(self._service.server_log())
-        status, faults = self._service.interrupt(), self._report.faults
+        before = len(self._server_log())
+        self._service.command.interrupt()
+        status, faults = self._service.command.ended(), self._report.faults
         if status != 0:
             faults.append(f"{when}: Ctrl-C ended the service with {status}: {self._service.said()[-2000:]}")
-        if left := servers_of(self._service.folder):
+        if left := servers_of(self._folder):
             faults.append(f"{when}: Ctrl-C left the servers {sorted(left)}")
-        if "bye bye" not in self._service.server_log()[before:]:
+        if "bye bye" not in self._server_log()[before:]:
             faults.append(f"{when}: the server did not end in order")
         if "Traceback" in self._service.said():
             faults.append(f"{when}: a traceback: {self._service.said()[-2000:]}")
 
-    def _kill_servers(self) -> None:
-        for pid in servers_of(self._service.folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    def _server_log(self) -> str:
+        log = self._folder / "server.log"
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def _restart(self, kind: str) -> None:
+        started = time.monotonic()
         self._service.start()
-        seconds = self._service.ready()
+        self._service.ready()
+        seconds = time.monotonic() - started
         had, waited = self._service.processor_s()
         self._report.had_s.append(had)
         self._report.waited_s.append(waited)
@@ -253,14 +249,14 @@ class Run:
                 self._note_refusal("PUT", answer)
             return answer.is_success
 
-        until(made, "tenant")
+        until("the tenant is made", made)
         return Ledger(name, SLOTS)
 
     def _check(self, kind: str, ledger: Ledger) -> None:
         """Hold what is there against what was told: as it is, and once what had no answer was sent again."""
         faults = [*self._lost_pending(kind, ledger), *ledger.faults, *missing(ledger, self._banks(ledger.tenant))]
         self._count(ledger)
-        until(lambda: self._again(ledger), "answer to retries")
+        until("what is sent again is answered", lambda: self._again(ledger))
         final = self._banks(ledger.tenant)
         faults += [*ledger.faults, *missing(ledger, final)]
         faults += self._stale_copy(ledger.tenant)
@@ -276,8 +272,8 @@ class Run:
         """Return a fault if writes that waited for the store do not come through a service that lives."""
         if kind != "server":
             return []
-        with contextlib.suppress(TimeoutError):
-            until(lambda: not undelivered(ledger, self._banks(ledger.tenant)), "delivery", self._ready_s)
+        with contextlib.suppress(AssertionError):
+            until("pending writes are there", lambda: not undelivered(ledger, self._banks(ledger.tenant)))
         left = undelivered(ledger, self._banks(ledger.tenant))
         return [f"{len(left)} writes were pending and never came"] if left else []
 
@@ -303,14 +299,21 @@ class Run:
         told = {label: self._read(tenant, f"/memory/dynamic/{label}?limit=1000") for label in LABELS}
         return {label: {slot["slot"]: slot["entropy"] for slot in page["items"]} for label, page in told.items()}
 
-    def _stale_copy(self, tenant: str) -> Sequence[str]:
-        """Return a fault if answers are not read from what the store holds."""
+    def _stale_copy(self, tenant: str) -> list[str]:
+        """Return a fault if answers are not read from what the store holds, once it is reached."""
         held = self._read(tenant, "/memory")
         files, told = {"images": ("a.png", picture("red", 0), "image/png")}, {"X-Tenant": tenant}
-        answer = self._service.client.post("/classify", params={"learn": "false"}, files=files, headers=told)
-        read = answer.raise_for_status().json()["memory"]
+        reads: list[Any] = []
+
+        def answered() -> bool:
+            answer = self._service.client.post("/classify", params={"learn": "false"}, files=files, headers=told)
+            self._note_refusal("/classify", answer)
+            reads.extend([answer.json()["memory"]] if answer.status_code == 200 else [])
+            return bool(reads) and reads[-1]["state"] == "fresh"
+
+        until("an answer is read from the store", answered)
         due = {"version": held["version"], "epoch": held["epoch"], "state": "fresh"}
-        return [] if read == due else [f"an answer was read from {read}; the store is at {due}"]
+        return [] if reads[-1] == due else [f"an answer was read from {reads[-1]}; the store is at {due}"]
 
     def _read(self, tenant: str, path: str) -> Any:
         """Return what the service answers, once it does; a refusal is counted, and must say when to come back."""
@@ -322,7 +325,7 @@ class Run:
             assert answers[-1].status_code in (200, 503), f"{path} of {tenant}: {answers[-1].text}"
             return answers[-1].status_code == 200
 
-        until(answered, f"answer to {path}")
+        until(f"{path} of {tenant} is answered", answered)
         return answers[-1].json()
 
     def _note_refusal(self, what: str, answer: httpx.Response) -> None:
@@ -333,49 +336,29 @@ class Run:
             self._report.faults.append(f"{what} was refused with {answer.status_code}: {answer.text[:300]}")
 
 
-def run(
-    rounds: int,
-    seed: int,
-    *,
-    encoder: str = "fake",
-    ready_s: float = READY_S,
-    most: int = MOST,
-    extras: bool = True,
-    starts: int = 0,
-    slow_rounds: int = 0,
-) -> Report:
-    """Run rounds on a folder of their own, meet the moments of a start, run some more on a slow disk, and report."""
+def run(home: Path, options: Options) -> Report:
+    """Run rounds on a folder of their own, some more on a slow disk, and report."""
     report, start = Report(), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="dmn-kills-") as name:
-        home = Path(name).resolve()
-        own = Run(_folder(home / "fast"), report, seed, ready_s=ready_s, most=most, encoder=encoder)
-        with own.opened():
-            for number in range(rounds):
-                own.round(KINDS[number % len(KINDS)])
-                if extras and number % _EXTRAS_EVERY == _EXTRAS_EVERY - 1:
-                    own.round("starting")
-                    own.round("stop")
-        for number in range(starts):
-            _start(home, report, number)
-        if slow_rounds:
-            _slow(home, report, seed, slow_rounds, encoder=encoder, ready_s=ready_s)
-    report.seconds = time.monotonic() - start
+    own = Run(home / "fast", report, options.seed, ready_s=options.ready_s, most=options.most)
+    with own.opened():
+        for number in range(options.rounds):
+            own.round(KINDS[number % len(KINDS)])
+            if number % _EXTRAS_EVERY == _EXTRAS_EVERY - 1:
+                own.round("starting")
+                own.round("stop")
+    if options.slow_rounds:
+        _slow(home, report, options)
+    report.seconds = round(time.monotonic() - start, 1)
     return report
 
 
-def _start(home: Path, report: Report, number: int) -> None:
-    for kind, meet in {"pair": pair, "leave": leave}.items():
-        report.kinds[kind] += 1
-        report.faults += [f"{kind}: {fault}" for fault in meet(home / f"{kind}-{number}")]
-
-
-def _slow(home: Path, report: Report, seed: int, rounds: int, *, encoder: str, ready_s: float) -> None:
+def _slow(home: Path, report: Report, options: Options) -> None:
     binary = _slow_binary(home)
     if binary is None:
         report.slow_disk = "not tried: there is no C compiler"
         return
-    before = len(report.faults)
-    own = Run(_folder(home / "slow"), report, seed + 1, ready_s=ready_s, encoder=encoder, binary=str(binary))
+    before, rounds = len(report.faults), options.slow_rounds
+    own = Run(home / "slow", report, options.seed + 1, ready_s=options.ready_s, most=options.most, binary=str(binary))
     with own.opened():
         for number in range(rounds):
             own.round(KINDS[1 + number % 2])
@@ -396,31 +379,25 @@ def _slow_binary(home: Path) -> Path | None:
     return script
 
 
-def _folder(path: Path) -> Path:
-    path.mkdir()
-    return path
+def test_service_server_or_both_may_be_killed_and_nothing_that_was_told_as_learned_is_missing(
+    tmp_path: Path, scale: str
+) -> None:
+    options = OPTIONS[scale]
+    report = run(tmp_path, options)
+    tell("kills", report.figures())
+    assert not report.faults, "\n".join(report.faults)
+    assert report.kinds.keys() >= set(KINDS)
+    assert report.held >= options.rounds * FEWEST
+    assert report.cut
+    assert report.most_servers == 1
+    assert report.looks
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--starts", type=int, default=10, help="times that each moment of a start is met")
-    parser.add_argument("--slow-rounds", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--encoder", default="fake", help="`fake` sees colours; or any that `dmn serve` takes")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    own = {"encoder": given.encoder, "starts": given.starts, "slow_rounds": given.slow_rounds}
-    report = run(given.rounds, given.seed, **own)
-    if given.json:
-        print(json.dumps(report.json()))
-    else:
-        for name, value in report.json().items():
-            if name != "faults":
-                print(f"{name:>24} {value}")
-        print("\n".join(report.faults) or "no law was broken")
-    return 1 if report.faults else 0
+def test_a_folder_has_one_server_even_if_who_starts_it_is_killed_before_it_listens(tmp_path: Path, scale: str) -> None:
+    for number in range(STARTS[scale]):
+        assert not pair(tmp_path / f"data-{number}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def test_who_leaves_while_the_server_starts_again_leaves_none_behind(tmp_path: Path, scale: str) -> None:
+    for number in range(STARTS[scale]):
+        assert not leave(tmp_path / f"data-{number}")
