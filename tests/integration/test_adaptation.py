@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from tests.support.fakes import picture
-
-from .conftest import Build, House
+from tests.support.house import Build, House
 
 
 async def test_the_memory_tells_how_far_each_part_is_trusted(house: House) -> None:

@@ -9,7 +9,7 @@ import os
 import threading
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -25,6 +25,7 @@ from service.app import create_app, open_rooms
 from service.rooms import Rooms
 from service.settings import Settings
 from tests.support.fakes import FakeEncoder
+from tests.support.replicas import without_housekeeper
 
 STATUS = {
     "invalid-request": 422,
@@ -185,13 +186,22 @@ class Build(Protocol):
 
 
 @asynccontextmanager
-async def opened(encoder: Encoder, following: Encoder | None = None, **settings: Any) -> AsyncIterator[House]:
-    """Open a house, whatever the environment says, and close it again."""
+async def opened(
+    encoder: Encoder, following: Encoder | None = None, *, housekeeping: bool = True, **settings: Any
+) -> AsyncIterator[House]:
+    """Open a house, whatever the environment says, and close it again.
+
+    Without housekeeping nothing changes between two calls, however much time passes: class statistics are not
+    exchanged, and no image is encoded but those of callers.
+    """
+    quiet = {} if housekeeping else {"canary_s": 0}
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("DMN_")]:
             patch.delenv(name)
-        whole = Settings(**({"decode_workers": 2, "store": "memory"} | settings))
-    async with open_rooms(whole, encoder, following) as rooms:
+        whole = Settings(**({"decode_workers": 2, "store": "memory"} | quiet | settings))
+    async with AsyncExitStack() as stack:
+        with nullcontext() if housekeeping else without_housekeeper():
+            rooms = await stack.enter_async_context(open_rooms(whole, encoder, following))
         app = create_app(whole, rooms)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with (
