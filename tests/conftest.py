@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+from tests.support import laws
 
 CANNOT_RUN = ("no GPU", "no IPv6", "no real data")
 """How the reason of a skip starts where the machine lacks what no package brings."""
@@ -18,6 +21,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A test that wants a store which outlives it says so; none must meet the memories of whoever runs the tests.
 os.environ["DMN_STORE"] = "memory"
+
+# Unless the command line chooses another.
+settings.load_profile(laws.SHORT)
 
 _skipped: list[str] = []
 

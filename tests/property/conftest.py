@@ -1,23 +1,16 @@
-"""One profile for all laws: no deadlines, and the same examples every time where `CI` is set."""
+"""The laws of the folder are of both tiers: with few examples in the default tier, with many in the slow one."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
-settings.register_profile(
-    "laws",
-    deadline=None,
-    max_examples=12,
-    derandomize=bool(os.environ.get("CI")),
-    # A world is drawn from one seed and then filtered for close calls; both look slow or wasteful to hypothesis.
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
-)
-settings.load_profile("laws")
+from tests.support import laws
+
+FOLDER = Path(__file__).parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +19,14 @@ def pytest_configure(config: pytest.Config) -> None:
         "filterwarnings",
         "ignore:Do not use the `random` module:hypothesis.errors.HypothesisDeprecationWarning",
     )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Count the laws to the slow tier where the long profile is chosen, so that `-m slow` keeps them."""
+    if config.getoption("--hypothesis-profile") == laws.LONG:
+        for item in items:
+            if item.path.is_relative_to(FOLDER):
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from core.static import Shots, StaticMemory
 from core.statistics import Statistics
 from tests.property.worlds import World, array, branches, close, joined, worlds
 from tests.support import literal_auto
+from tests.support.laws import examples
 from tests.support.literal import u
 
 BATCHES = {"fused": 2e-4, "statistics": 2e-3}
@@ -80,7 +81,6 @@ def equal(ours: Statistics, theirs: Statistics) -> None:
         assert torch.equal(getattr(ours, field.name), getattr(theirs, field.name))
 
 
-@settings(max_examples=40)
 @given(worlds(images=(2, 40), read_only=True))
 def test_a_stream_gets_the_literal_answers(world: World) -> None:
     snapshot, text = auto(world.snapshot), array(world.snapshot.text)
@@ -127,7 +127,7 @@ def test_two_halves_of_a_stream_counted_apart_add_up_to_the_whole(world: World, 
     assert ends[2].images == len(world.samples)
 
 
-@settings(max_examples=25)
+@examples(5)
 @given(worlds(images=(64, 75), read_only=True))
 def test_batches_of_any_size_give_the_same_answers_also_across_refreshes(world: World) -> None:
     parts, ours = run(auto(world.snapshot), world.samples, 64)
@@ -315,7 +315,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=10)
+@examples(10)
 @given(worlds(images=(34, 40), with_shots=False), st.integers(0, 2**32 - 1), st.sampled_from((1.0, 100.0, 1000.0)))
 def test_shots_of_any_kind_give_finite_answers(kind: str, world: World, seed: int, tau: float) -> None:
     static = _shots(world, KINDS[kind](world.size[0]), seed)
@@ -325,7 +325,7 @@ def test_shots_of_any_kind_give_finite_answers(kind: str, world: World, seed: in
         assert torch.isfinite(joined(parts, name)).all()
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(worlds(images=(2, 10)), st.integers(1, 5), st.booleans())
 def test_duplicates_of_one_shot_give_finite_answers(world: World, number: int, of_all: bool) -> None:  # noqa: FBT001 - drawn
     first = _shots(world, [1] * world.size[0], 0).classes
@@ -337,7 +337,6 @@ def test_duplicates_of_one_shot_give_finite_answers(world: World, number: int, o
     assert all(torch.isfinite(part.fused).all() for part in parts)
 
 
-@settings(max_examples=15)
 @given(worlds(images=(2, 10), with_shots=False), st.integers(1, 3))
 def test_shots_of_one_class_leave_the_first_answer_to_the_text_head(world: World, number: int) -> None:
     static = _shots(world, [number] + [0] * (world.size[0] - 1), 0)
@@ -345,7 +344,7 @@ def test_shots_of_one_class_leave_the_first_answer_to_the_text_head(world: World
     close(answers.fused, answers.text, 1e-6)
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(worlds(images=(2, 10), with_shots=True))
 def test_a_half_precision_static_memory_is_read_as_what_it_holds(world: World) -> None:
     half, single = (
@@ -376,7 +375,7 @@ def test_one_class_alone_is_always_the_answer(world: World) -> None:
 
 
 def test_without_the_method_there_is_no_branch_of_statistics() -> None:
-    @settings(max_examples=3)
+    @examples(3)
     @given(worlds())
     def law(world: World) -> None:
         answers = classify(Shelves(world.snapshot), world.samples)

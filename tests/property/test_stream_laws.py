@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from core.classify import Sample, classify
@@ -15,6 +15,7 @@ from core.dynamic import Outcome
 from core.shelves import Shelves
 from tests.property.worlds import World, array, branches, close, contents, joined, learned, run, worlds
 from tests.support import literal
+from tests.support.laws import examples
 
 LITERAL = 2e-5
 """Largest difference between a float32 probability and the literal float64 one."""
@@ -63,7 +64,7 @@ def repeated(draw: st.DrawFn) -> tuple[World, list[list[int]]]:
     return World(snapshot=world.snapshot, samples=tuple(samples)), cuts
 
 
-@settings(max_examples=6)
+@examples(6)
 @given(repeated())
 def test_batches_of_any_size_give_the_same_answers_and_the_same_memory(drawn: tuple[World, list[list[int]]]) -> None:
     world, cuts = drawn

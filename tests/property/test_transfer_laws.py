@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
@@ -19,13 +19,14 @@ from service.errors import InvalidRequest, LimitExceeded
 from service.settings import Settings
 from service.stores.base import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot, TenantRecord
 from service.tenants import ClassSpec, TenantConfig
+from tests.support.laws import examples
 
 CREATED = "2026-01-02T03:04:05Z"
 LIMITS = Settings(max_slots=6)
 IDS = st.text("ABYZabyz0189._-", min_size=1, max_size=8) | st.just("x" * 64)
 NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["C", "M", "Z"]), min_size=1, max_size=4)
 
-laws = settings(max_examples=150, suppress_health_check=[*HealthCheck])
+laws = examples(40)
 
 
 def features(seed: int, count: int, dim: int) -> list[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.outbox import Outbox
@@ -76,6 +76,7 @@ SAMPLES = st.tuples(
 )
 
 
+@settings(max_examples=100)
 @given(st.lists(SAMPLES, max_size=12))
 def test_of_one_slot_the_lower_entropy_and_then_the_lower_feature_waits(
     samples: list[tuple[str, float, bytes, str]],

@@ -66,7 +66,7 @@ def test_an_empty_long_or_garbled_class_name_is_refused(name: str) -> None:
 
 
 @given(st.text(max_size=20))
-@settings(deadline=None)
+@settings(max_examples=100)
 def test_a_tidied_name_is_tidy(name: str) -> None:
     try:
         tidy = class_name(name)
@@ -178,7 +178,7 @@ def test_prompts_are_the_filled_templates_and_then_the_sentences() -> None:
 
 
 @given(st.permutations(["a", "b", "c", "d"]))
-@settings(deadline=None)
+@settings(max_examples=100)
 def test_the_labelling_does_not_depend_on_the_order_of_the_classes(names: list[str]) -> None:
     assert config(*names).labelling == config("a", "b", "c", "d").labelling
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.turns import Turns
@@ -17,6 +17,7 @@ def filled(owners: list[str]) -> Turns[tuple[str, int]]:
     return turns
 
 
+@settings(max_examples=100)
 @given(WAITING)
 def test_nothing_is_lost_and_each_owner_keeps_its_order(owners: list[str]) -> None:
     turns = filled(owners)
@@ -32,6 +33,7 @@ def test_nothing_is_lost_and_each_owner_keeps_its_order(owners: list[str]) -> No
         assert numbers == sorted(numbers)
 
 
+@settings(max_examples=100)
 @given(WAITING)
 def test_nobody_gets_two_turns_while_another_waits(owners: list[str]) -> None:
     turns = filled(owners)
