@@ -97,32 +97,6 @@ async def test_a_label_makes_another_call(house: House) -> None:
     assert len(await house.shots()) == 1
 
 
-async def test_keys_are_of_one_tenant_only(house: House) -> None:
-    await house.put("other")
-    await house.classify(picture("red", 1), headers=KEY)
-    answer = await house.classify(picture("blue", 2), tenant="other", headers=KEY)
-    assert (answer.status_code, answer.json()["tenant"]) == (200, "other")
-
-
-async def test_a_deleted_tenants_keys_are_forgotten(house: House) -> None:
-    await house.put("t")
-    assert (await house.classify(picture("red", 1), tenant="t", headers=KEY)).status_code == 200
-    await house.client.delete("/tenants/t")
-    problem(await house.classify(picture("red", 1), tenant="t", headers=KEY), "unknown-tenant")
-    await house.put("t")
-    answer = await house.classify(picture("red", 1), tenant="t", headers=KEY)
-    assert answer.json()["predictions"][0]["learned"]["outcome"] == "filled"
-
-
-async def test_a_failed_answer_is_not_kept(house: House) -> None:
-    problem(await house.classify(b"", headers=KEY), "image-unreadable")
-    assert (await house.classify(picture("red", 1), headers=KEY)).status_code == 200
-    fresh = {"Idempotency-Key": "k-2"}
-    problem(await house.upload("purple", picture(), headers=fresh), "unknown-class")
-    await house.client.post("/tenants/default/classes", json={"classes": ["purple"]})
-    assert (await house.upload("purple", picture(), headers=fresh)).status_code == 201
-
-
 @pytest.mark.parametrize("key", [b"", b"a" * 256, "é".encode(), "é".encode("latin-1"), b"a\tb", b"\x7f"])
 async def test_a_key_of_no_sense_is_refused_with_nothing_done(house: House, key: bytes) -> None:
     before = await house.memory(), await house.shots()
@@ -131,11 +105,6 @@ async def test_a_key_of_no_sense_is_refused_with_nothing_done(house: House, key:
     answer = await house.client.post("/admin/memory/reset", json={"scope": "all"}, headers=headers[:1])
     problem(answer, "invalid-request")
     assert (await house.memory(), await house.shots()) == before
-
-
-@pytest.mark.parametrize("key", ["a" * 255, "a key, with spaces = fine", '"quoted"'])
-async def test_any_printable_key_will_do(house: House, key: str) -> None:
-    assert (await house.classify(picture(), headers={"Idempotency-Key": key})).status_code == 200
 
 
 async def test_whoever_waits_for_the_first_call_of_a_key_waits_no_longer_than_its_deadline(build: Build) -> None:
@@ -151,17 +120,3 @@ async def test_whoever_waits_for_the_first_call_of_a_key_waits_no_longer_than_it
         encoder.gate.set()
         assert (await first).status_code == 200
     problem(answer, "deadline-exceeded")
-
-
-async def test_the_second_call_of_a_key_takes_over_when_the_first_one_fails(build: Build) -> None:
-    encoder = GatedEncoder()
-    house = await build(encoder)
-    await house.put()
-    encoder.shut()
-    first = asyncio.create_task(house.classify(picture("red"), headers=KEY | {"X-Deadline-Ms": "50"}))
-    second = asyncio.create_task(house.classify(picture("red"), headers=KEY))
-    problem(await soon(first), "deadline-exceeded")
-    encoder.gate.set()
-    answer = await soon(second)
-    assert answer.status_code == 200
-    assert (await house.memory())["dynamic"]["classes"][0]["count"] == 1

@@ -236,8 +236,15 @@ async def test_no_image_feature_or_answer_is_logged(house: House, said: Callable
     await house.put(classes=["crimson red", "blue"])
     answer = await house.classify(picture("red"), headers={"Idempotency-Key": "my-own-key"})
     slot = answer.json()["predictions"][0]["learned"]["slot"]
+    body = "U2VjcmV0IHBpY3R1cmUgb2YgYSBzZWNyZXQgY2F0"
+    for kind in ("image/png", "application/json", "multipart/form-data; boundary=x", "text/plain"):
+        refused = await house.client.post("/classify", content=body, headers={"Content-Type": kind})
+        assert refused.status_code in {415, 422}
+    for field in ("data", "wrong"):
+        await house.client.post("/classify", json={"images": [{field: body}]})
+    await house.client.put("/tenants/default", json={"classes": [{"nom": body}]})
     assert "dmn.request" in said()
-    for own in ("crimson", slot, "my-own-key", "image/png"):
+    for own in ("crimson", slot, "my-own-key", "image/png", body):
         assert own not in said()
 
 

@@ -64,8 +64,10 @@ async def test_one_picture_may_be_a_shot_of_two_classes(house: House) -> None:
 
 
 async def test_a_bad_shot_gets_its_own_error_and_its_neighbours_are_stored(house: House) -> None:
+    series, before = 'dmn_image_errors_total{reason="image-unreadable"}', await house.metrics()
     answer = await house.upload("red", RED, b"", pictures.huge_png(), picture("red", 5))
     assert answer.status_code == 201
+    assert (await house.metrics())[series] == before.get(series, 0.0) + 1
     told = answer.json()["shots"]
     assert [one["id"] is None for one in told] == [False, True, True, False]
     sound(told[1]["error"], "image-unreadable")
@@ -189,7 +191,7 @@ async def test_a_shot_is_deleted_by_its_id(house: House) -> None:
 async def test_all_shots_of_a_label_are_deleted_at_once(house: House) -> None:
     await house.upload("red", RED, picture("red", 3))
     await house.upload("green", GREEN)
-    assert (await house.client.delete("/memory/static", params={"label": "red"})).status_code == 204
+    assert (await house.client.delete("/memory/static", params={"label": " red "})).status_code == 204
     assert [one["label"] for one in await house.shots()] == ["green"]
     assert (await house.client.delete("/memory/static", params={"label": "red"})).status_code == 204
 

@@ -97,15 +97,6 @@ async def test_a_restore_can_be_undone(house: House) -> None:
     assert await answers(house) == full
 
 
-async def test_a_restore_brings_the_configuration_back_too(house: House) -> None:
-    await fill(house)
-    before = (await house.client.get("/tenants/default")).json()
-    snapshot = await taken(house)
-    await house.put(classes=["red", "yellow"], slots=3, beta=2.0)
-    await restored(house, snapshot["id"])
-    assert (await house.client.get("/tenants/default")).json() == before
-
-
 @pytest.mark.parametrize("scope", ["dynamic", "static", "all"])
 async def test_a_reset_says_which_snapshot_brings_back_what_it_took(house: House, scope: str) -> None:
     await fill(house)
@@ -121,16 +112,6 @@ async def test_an_empty_memory_is_not_worth_a_snapshot(house: House) -> None:
     answer = await house.client.post("/admin/memory/reset", json={"scope": "all"})
     assert answer.json()["snapshot"] is None
     assert await snapshots(house) == []
-
-
-async def test_a_class_that_is_removed_can_be_brought_back(house: House) -> None:
-    await fill(house)
-    before = await answers(house)
-    await house.client.delete("/tenants/default/classes/green")
-    (saved,) = await snapshots(house)
-    assert saved["reason"] == "class-removal"
-    await restored(house, saved["id"])
-    assert await answers(house) == before
 
 
 async def test_snapshots_are_listed_from_the_newest_by_pages(house: House) -> None:
@@ -166,39 +147,6 @@ async def test_a_tenant_sees_its_own_snapshots_alone(house: House) -> None:
     assert await snapshots(house, "other") == []
     answer = await house.client.post(f"/admin/memory/snapshots/{own}/restore", headers={"X-Tenant": "other"})
     problem(answer, "unknown-snapshot")
-
-
-async def test_old_automatic_snapshots_go_and_asked_for_ones_stay(build: Build) -> None:
-    house = await build(snapshots=2, max_snapshots=4)
-    await house.put()
-    manual = [(await taken(house))["id"] for _ in range(2)]
-    for _ in range(4):
-        await house.predictions(IMAGES[0])
-        await house.reset("all")
-    kept = await snapshots(house)
-    assert [one["reason"] for one in kept] == ["reset", "reset", "manual", "manual"]
-    assert {one["id"] for one in kept[2:]} == set(manual)
-    more = [await house.client.post("/admin/memory/snapshots") for _ in range(3)]
-    assert [answer.status_code for answer in more] == [201, 201, 422]
-    problem(more[2], "limit-exceeded")
-    assert [one["reason"] for one in await snapshots(house)] == ["manual"] * 4
-
-
-async def test_without_room_for_what_a_reset_would_take_nothing_is_reset(build: Build) -> None:
-    house = await build(snapshot_max_bytes=1000)
-    await house.put()
-    await fill(house)
-    before = await answers(house)
-    problem(await house.client.post("/admin/memory/reset", json={"scope": "all"}), "limit-exceeded")
-    assert await answers(house) == before
-
-
-async def test_no_snapshots_are_taken_where_the_operator_wants_none(build: Build) -> None:
-    house = await build(snapshots=0)
-    await house.put()
-    await fill(house)
-    assert (await house.client.post("/admin/memory/reset", json={"scope": "all"})).json()["snapshot"] is None
-    assert await snapshots(house) == []
 
 
 # Export and import ----------------------------------------------------------------------------------------------------

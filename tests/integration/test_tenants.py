@@ -355,6 +355,8 @@ async def test_a_tenant_replaced_with_fewer_slots_keeps_the_best(house: House) -
     assert (await house.memory())["dynamic"]["slots"] == 3
     await house.put(slots=100)
     assert await house.banks() == {name: bank[:3] for name, bank in banks.items()}
+    await house.put(slots=0)
+    assert not any((await house.banks()).values())
 
 
 async def test_weights_and_beta_change_answers_and_no_memory(house: House) -> None:
