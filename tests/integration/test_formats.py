@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,9 +18,14 @@ from service.stores.connection import connect
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
 from tests.support.fakes import FakeEncoder
-from tests.support.servers import BINARIES, server
+from tests.support.servers import BINARIES, Running, server
 
-pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed"),
+]
+
+PATIENCE_S = 60.0
 
 CONFIG = TenantConfig(classes=(ClassSpec(name="red"),))
 PAPERS = replace(CONFIG, method="dmn")
@@ -41,20 +46,28 @@ class Shelf:
         return {key: await (self.client.hgetall(key) if key in hashes else self.client.dump(key)) for key in keys}
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def shelf() -> AsyncIterator[Shelf]:
-    """Yield a store with one tenant, whose format is not ours."""
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    """Yield a server of this file's own."""
     with server(str(BINARIES["valkey"])) as running:
-        client = Redis.from_url(running.url)
-        store = RedisStore(connect(running.url, timeout_s=5.0), clock=lambda: 0.0, remember_s=1.0, remember_bytes=1)
-        await store.replace("default", CONFIG, "f", expected=None, labelling="", origin={})
-        await store.keep_snapshot("default", _info(), (b"file",))
-        await store.note_job("default", Job(id="j", kind="k", state=JobState.DONE, created=0.0, updated=0.0))
-        await store.keep_key(KEY)
-        await client.hset("dmn:{default}:cfg", "format", "9")
-        yield Shelf(running.url, client, store)
-        await store.aclose()
-        await client.aclose()
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def shelf(running: Running) -> AsyncIterator[Shelf]:
+    """Yield a store with one tenant, whose format is not ours."""
+    client = Redis.from_url(running.url)
+    await client.flushall()
+    connection = connect(running.url, timeout_s=PATIENCE_S)
+    store = RedisStore(connection, clock=lambda: 0.0, remember_s=1.0, remember_bytes=1)
+    await store.replace("default", CONFIG, "f", expected=None, labelling="", origin={})
+    await store.keep_snapshot("default", _info(), (b"file",))
+    await store.note_job("default", Job(id="j", kind="k", state=JobState.DONE, created=0.0, updated=0.0))
+    await store.keep_key(KEY)
+    await client.hset("dmn:{default}:cfg", "format", "9")
+    yield Shelf(running.url, client, store)
+    await store.aclose()
+    await client.aclose()
 
 
 def _info() -> SnapshotInfo:
@@ -141,6 +154,6 @@ async def test_a_key_of_another_format_opens_nothing_and_keeps_no_other_from_bei
 async def test_a_service_does_not_start_on_a_store_of_another_format(shelf: Shelf) -> None:
     before = await shelf.contents()
     with pytest.raises(FingerprintMismatch, match="Serve it with the version that wrote it"):
-        async with open_rooms(Settings(store=shelf.url), FakeEncoder()):
+        async with open_rooms(Settings(store=shelf.url, store_timeout_ms=1000 * PATIENCE_S), FakeEncoder()):
             pass
     assert await shelf.contents() == before

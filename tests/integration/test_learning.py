@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.fakes import picture
-from tests.support.house import Build, House, Json, problem
+from tests.support.house import House, Json, problem
 
 COLOURS = ("red", "green", "blue")
 
@@ -78,17 +78,6 @@ async def test_outcomes_are_filled_then_replaced_or_rejected_and_duplicate(house
     assert await house.outcomes(other) == ["replaced"]
 
 
-async def test_a_full_class_holds_the_surest_images_of_any_order(house: House) -> None:
-    red = [picture("red", seed) for seed in range(20)]
-    await house.put("a", slots=5)
-    await house.put("b", slots=5)
-    told = await house.predictions(*red, tenant="a")
-    await house.predictions(*red[::-1], tenant="b")
-    assert _close(await house.slots("red", "a"), await house.slots("red", "b"))
-    surest = sorted(one["learned"]["entropy"] for one in told)[:5]
-    assert [one["entropy"] for one in await house.slots("red", "a")] == pytest.approx(surest, abs=1e-6)
-
-
 async def test_the_largest_entropy_of_a_full_class_never_rises(house: House) -> None:
     await house.put(slots=3)
     worst = float("inf")
@@ -99,12 +88,6 @@ async def test_the_largest_entropy_of_a_full_class_never_rises(house: House) -> 
         if red["count"] == 3:
             assert red["entropies"][-1] <= worst
             worst = red["entropies"][-1]
-
-
-async def test_no_slots_learn_nothing(house: House) -> None:
-    await house.put(slots=0)
-    assert await house.outcomes(picture("red"), picture("red")) == ["rejected", "rejected"]
-    assert (await house.memory())["bytes"] == 0
 
 
 async def test_a_read_only_call_changes_nothing_and_gets_the_answer_of_a_learning_one(house: House) -> None:
@@ -121,16 +104,6 @@ async def test_a_read_only_call_changes_nothing_and_gets_the_answer_of_a_learnin
             outcomes.add(one.pop("learned")["outcome"])
         assert _close(looked, learned)
     assert outcomes == {"skipped", "filled", "replaced", "rejected", "duplicate"}
-
-
-async def test_a_tenant_that_does_not_learn_answers_all_the_same(house: House) -> None:
-    await house.put("deaf", learn=False)
-    before = await house.memory("deaf")
-    (told,) = await house.predictions(picture("red"), tenant="deaf")
-    assert told["learned"]["outcome"] == "skipped"
-    assert await house.memory("deaf") == before
-    (expected,) = await house.predictions(picture("red"), learn=False)
-    assert _close(told, expected)
 
 
 async def test_calls_of_1_3_and_32_images_give_the_same_answers_and_memory(house: House) -> None:
@@ -150,11 +123,6 @@ async def test_calls_of_1_3_and_32_images_give_the_same_answers_and_memory(house
     assert {one["learned"]["outcome"] for one in found[1][0]} == {"filled", "replaced", "rejected", "duplicate"}
     assert _close(list(found[1]), list(found[3]))
     assert _close(list(found[1]), list(found[32]))
-
-
-async def test_the_same_image_twice_in_one_call_fills_one_slot(house: House) -> None:
-    assert await house.outcomes(picture("red"), picture("red"), picture("red")) == ["filled", "duplicate", "duplicate"]
-    assert len(await house.slots("red")) == 1
 
 
 async def test_calls_at_once_learn_what_calls_in_a_row_do(house: House) -> None:
@@ -309,30 +277,6 @@ async def test_an_unknown_slot_is_told_so(house: House) -> None:
     for name, id_ in (("red", "none"), ("green", slot["slot"]), ("red", "%20"), ("red", "é")):
         problem(await house.client.delete(f"/memory/dynamic/{name}/{id_}"), "unknown-slot")
     assert await house.slots("red") == [slot]
-
-
-async def test_a_purged_image_does_not_colour_its_neighbours_answers(house: House) -> None:
-    purged, other = picture("red", 1), picture("red", 2)
-    for tenant in ("apart", "together"):
-        await house.put(tenant)
-        (one,) = await house.predictions(purged, tenant=tenant)
-        path = f"/memory/dynamic/red/{one['learned']['slot']}"
-        assert (await house.client.delete(path, headers={"X-Tenant": tenant})).status_code == 204
-    apart = [*(await house.predictions(purged, tenant="apart")), *(await house.predictions(other, tenant="apart"))]
-    together = await house.predictions(purged, other, tenant="together")
-    assert _close(together, apart)
-
-
-async def test_an_image_without_room_does_not_colour_its_neighbours_answers(build: Build) -> None:
-    house = await build(tenant_max_bytes=2 * 195)
-    first, second, third = (picture("red", seed) for seed in range(3))
-    for tenant in ("apart", "together"):
-        await house.put(tenant)
-    apart = [told for image in (first, second, third) for told in await house.predictions(image, tenant="apart")]
-    together = await house.predictions(first, second, third, tenant="together")
-    assert [one["learned"]["outcome"] for one in apart] == ["filled", "skipped", "skipped"]
-    assert _close(together, apart)
-    assert (await house.memory("together"))["bytes"] == 2 * 195
 
 
 async def test_slots_are_listed_surest_first_page_by_page(house: House) -> None:

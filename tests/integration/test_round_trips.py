@@ -15,10 +15,13 @@ from tests.support.house import Build, House
 from tests.support.servers import BINARIES, Running
 from tests.support.servers import server as running
 
-pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed"),
+]
 
-QUIET = {"verify_s": 0, "snapshot_every_s": 0}
-"""Nothing is asked but for calls."""
+QUIET = {"housekeeping": False, "store_timeout_ms": 60_000}
+"""Nothing is asked but for calls, and a server that stands still for a while is not taken for one that is away."""
 
 
 @pytest.fixture(scope="module")

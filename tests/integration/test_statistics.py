@@ -147,7 +147,7 @@ async def _away(*_: object) -> int:
 async def test_counting_goes_on_while_the_store_is_away_and_is_written_when_it_is_back(
     build: Build, monkeypatch: pytest.MonkeyPatch, *, dropped: bool
 ) -> None:
-    house = await build()
+    house = await build(housekeeping=False)
     await house.put()
     monkeypatch.setattr(house.rooms.store, "count", _away)
     await house.predictions(*STREAM[:9])
@@ -293,7 +293,8 @@ served = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis se
 
 
 def rooms_on(folder: Path) -> Any:
-    return open_rooms(Settings(store="embedded", data_dir=folder, sync_ms=0), FakeEncoder())
+    """Open a service; a server that stands still for a while is not taken for one that is away."""
+    return open_rooms(Settings(store="embedded", data_dir=folder, sync_ms=0, store_timeout_ms=60_000), FakeEncoder())
 
 
 @served

@@ -385,25 +385,6 @@ async def test_new_prompts_score_the_stored_slots_anew(house: House) -> None:
         assert [one["entropy"] for one in again[name]] == pytest.approx([one["entropy"] for one in bank], abs=1e-3)
 
 
-async def test_tenants_never_see_one_another(house: House) -> None:
-    await house.put("other")
-    empty = await house.memory("other")
-    (alone,) = await house.predictions(picture("red", 7), tenant="other", learn=False)
-    await house.outcomes(*[picture(colour, seed) for colour in ("red", "blue") for seed in range(4)])
-    shot = (await house.upload("red", picture("red", 50))).json()["shots"][0]["id"]
-    slot = (await house.slots("red"))[0]["slot"]
-    assert await house.memory("other") == empty
-    (told,) = await house.predictions(picture("red", 7), tenant="other", learn=False)
-    assert told == alone
-    headers = {"X-Tenant": "other"}
-    problem(await house.client.delete(f"/memory/static/{shot}", headers=headers), "unknown-shot")
-    problem(await house.client.delete(f"/memory/dynamic/red/{slot}", headers=headers), "unknown-slot")
-    before = await house.memory()
-    await house.reset("all", "other")
-    assert (await house.client.delete("/tenants/other")).status_code == 204
-    assert await house.memory() == before
-
-
 async def test_a_deleted_tenant_is_gone_and_comes_back_empty(house: House) -> None:
     await house.put("t")
     await house.outcomes(picture("red"), tenant="t")

@@ -13,7 +13,7 @@ from service.idempotency import Ledger, digest_of
 from service.stores.base import Remembered
 from service.stores.memory import InProcessStore
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Work:
