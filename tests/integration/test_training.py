@@ -139,11 +139,11 @@ async def test_stored_slots_are_scored_under_the_offsets_when_it_is_done(school:
 
 
 async def test_images_that_are_kept_are_trained_on_by_crops(build: Build) -> None:
-    house = await taught(await build(), retention="images")
+    house = await taught(await build(housekeeping=False), retention="images")
     before = house.rooms.encoder.images  # type: ignore[attr-defined]
     with_images = await trained(house)
     assert house.rooms.encoder.images - before == 5 * 12  # type: ignore[attr-defined]
-    without = await trained(await taught(await build()))
+    without = await trained(await taught(await build(housekeeping=False)))
     assert with_images["result"]["losses"] != without["result"]["losses"]
 
 
