@@ -208,6 +208,19 @@ class Service:
         """Wait until it says that it is ready."""
         until("the service is ready", self.is_ready)
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Self]:
+        """Start it unless it was, and wait until it is ready; stop it in order after the block."""
+        if self._command is None:
+            self.start()
+        try:
+            self.ready()
+            yield self
+        finally:
+            self.command.signal(signal.SIGTERM)
+            self.command.ended()
+            self.close()
+
     def kill(self) -> None:
         """End it with SIGKILL."""
         self.command.process.kill()
