@@ -63,7 +63,8 @@ def _served(url: str) -> Callable[[float, int], AbstractAsyncContextManager[Open
             now += seconds
 
         def made() -> RedisStore:
-            return RedisStore(connect(url), clock=lambda: now, remember_s=remember_s, remember_bytes=remember_bytes)
+            client = connect(url, timeout_s=TIMEOUT_S)
+            return RedisStore(client, clock=lambda: now, remember_s=remember_s, remember_bytes=remember_bytes)
 
         store, replica = made(), made()
         try:
@@ -81,12 +82,16 @@ TABLE = {"in-process": Row(open=_in_process, log_length=LOG_LENGTH)}
 REMEMBER_S = 60.0
 REMEMBER_BYTES = 100
 
+TIMEOUT_S = 60.0
+"""How long a real server may take to answer: longer than a machine stands still."""
 
-SERVED = {**{name: (name, server) for name in BINARIES}, "cluster": ("valkey", cluster)}
+SERVED = {"embedded": ("valkey", server), "redis": ("redis", server), "cluster": ("valkey", cluster)}
 """Rows on real servers: which binary, and how many of it; the cluster has three primaries."""
 
+ROWS = ("in-process", "embedded", *(pytest.param(name, marks=pytest.mark.slow) for name in ("redis", "cluster")))
 
-@pytest.fixture(params=["in-process", *SERVED], scope="session")
+
+@pytest.fixture(params=ROWS, scope="session")
 def row(request: pytest.FixtureRequest) -> Iterator[Row]:
     """Yield one row of the table; of the session, so that hypothesis may use it too."""
     if request.param in TABLE:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.codec import decode_feature, encode_feature
@@ -243,7 +243,7 @@ async def test_replacing_keeps_the_shots_of_classes_that_stay_and_no_others(stor
     names=st.sets(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,5}", fullmatch=True), max_size=12),
     limit=st.integers(1, 5),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 async def test_pages_of_names_hold_every_name_once_in_order(row: Row, names: set[str], limit: int) -> None:
     async with row.open(60.0, 100) as opened:
         for name in names:
@@ -372,7 +372,7 @@ async def test_of_one_id_the_lower_entropy_and_then_feature_stays(
 
 
 @given(features=st.lists(st.binary(min_size=2, max_size=8), min_size=1, max_size=6), random=st.randoms())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 async def test_features_of_one_id_and_entropy_are_compared_byte_by_byte(
     row: Row, features: list[bytes], random: Random
 ) -> None:
@@ -385,7 +385,7 @@ async def test_features_of_one_id_and_entropy_are_compared_byte_by_byte(
 
 
 @given(ids=st.sets(st.text("0123456789abcdefABCXYZ_-", min_size=1, max_size=6), min_size=1, max_size=8))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 async def test_ids_of_one_entropy_are_compared_letter_by_letter(row: Row, ids: set[str]) -> None:
     async with row.open(60.0, 100) as opened:
         stamp = await create(opened.store, slots=1)
@@ -435,7 +435,7 @@ async def test_verdicts_and_changes_come_in_the_order_of_the_candidates(store: M
     entropy=st.floats(0, 1e3),
     feature=st.binary(min_size=1, max_size=40),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 async def test_slots_and_shots_come_back_bit_for_bit(row: Row, id_: str, entropy: float, feature: bytes) -> None:
     async with row.open(60.0, 100) as opened:
         store, own = opened.store, StoredShot(id=id_, class_id=DOGS, feature=feature, image=feature[::-1])
@@ -488,7 +488,7 @@ CANDIDATES = st.lists(
     max_size=40,
 )
 
-LAWS = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+LAWS = settings(max_examples=60)
 
 
 def by_core(memory: DynamicMemory, one: PushCandidate) -> tuple[DynamicMemory, Verdict]:
