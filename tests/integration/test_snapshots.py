@@ -34,17 +34,6 @@ async def restored(house: House, snapshot: str, tenant: str = "default") -> Json
     return dict(answer.json())
 
 
-async def exported(house: House, tenant: str = "default") -> bytes:
-    answer = await house.client.get("/admin/memory/export", headers={"X-Tenant": tenant})
-    assert answer.status_code == 200, answer.text
-    assert int(answer.headers["content-length"]) == len(answer.content)
-    return answer.content
-
-
-async def imported(house: House, data: bytes, tenant: str = "default") -> httpx.Response:
-    return await house.client.post("/admin/memory/import", content=data, headers={"X-Tenant": tenant})
-
-
 async def answers(house: House, tenant: str = "default") -> list[Any]:
     """Return everything that is said about a few images, to the last bit, without teaching them.
 
@@ -129,7 +118,7 @@ async def test_a_snapshot_says_what_it_holds(house: House) -> None:
     assert (told["classes"], told["shots"]) == (3, 2)
     assert told["slots"] == sum(one["count"] for one in memory["dynamic"]["classes"])
     assert (told["epoch"], told["version"]) == (memory["epoch"], memory["version"])
-    assert told["bytes"] == len(await exported(house))
+    assert told["bytes"] == len(await house.exported())
     assert (await house.client.get(f"/admin/memory/snapshots/{told['id']}")).json() == told
 
 
@@ -156,7 +145,7 @@ async def test_an_exported_memory_answers_the_same_in_another_installation(build
     house, other = await build(), await build()
     await house.put()
     await fill(house)
-    answer = await imported(other, await exported(house), "moved")
+    answer = await other.imported(await house.exported(), "moved")
     assert answer.status_code == 200, answer.text
     assert answer.json()["tenant"] == "moved"
     assert await answers(other, "moved") == await answers(house)
@@ -167,7 +156,7 @@ async def test_an_import_says_which_snapshot_brings_back_what_was_there(house: H
     await house.put("other")
     await fill(house)
     before = await answers(house)
-    saved = (await imported(house, await exported(house, "other"))).json()["snapshot"]
+    saved = (await house.imported(await house.exported("other"))).json()["snapshot"]
     assert saved["reason"] == "import"
     await restored(house, saved["id"])
     assert await answers(house) == before
@@ -177,18 +166,18 @@ async def test_a_purged_slot_stays_barred_in_an_export(house: House) -> None:
     await house.predictions(IMAGES[0])
     (slot,) = await house.slots("red")
     await house.client.delete(f"/memory/dynamic/red/{slot['slot']}")
-    assert (await imported(house, await exported(house))).status_code == 200
+    assert (await house.imported(await house.exported())).status_code == 200
     assert await house.outcomes(IMAGES[0]) == ["rejected"]
 
 
 async def test_the_images_of_shots_travel_along_where_they_are_kept(house: House) -> None:
     await house.put(retention="images")
     await fill(house)
-    data = await exported(house)
+    data = await house.exported()
     assert picture("red", 50) in data
-    await imported(house, data, "moved")
-    assert await exported(house, "moved") != b""
-    assert picture("red", 50) in await exported(house, "moved")
+    await house.imported(data, "moved")
+    assert await house.exported("moved") != b""
+    assert picture("red", 50) in await house.exported("moved")
 
 
 async def hurt(data: bytes, how: str) -> bytes:
@@ -213,7 +202,7 @@ async def hurt(data: bytes, how: str) -> bytes:
 async def test_a_file_that_is_no_whole_memory_is_refused_and_nothing_changes(house: House, how: str) -> None:
     await fill(house)
     before, memory = await answers(house), await house.memory()
-    answer = await imported(house, await hurt(await exported(house), how))
+    answer = await house.imported(await hurt(await house.exported(), how))
     problem(answer, "invalid-request")
     assert await house.memory() == memory
     assert await answers(house) == before
@@ -227,7 +216,7 @@ async def test_a_memory_of_another_encoder_is_refused_with_what_differs(build: B
     other = await build(encoder)
     await house.put()
     await fill(house)
-    told = problem(await imported(other, await exported(house)), "fingerprint-mismatch")
+    told = problem(await other.imported(await house.exported()), "fingerprint-mismatch")
     assert "weights" in told["detail"]
     assert "DMN_ENCODER" in told["detail"]
     assert (await other.memory())["static"]["classes"] == []
@@ -238,10 +227,10 @@ async def test_a_file_may_be_larger_than_any_other_body_but_not_without_limit(bu
     await house.put()
     for image in IMAGES:
         await house.predictions(image)
-    data = await exported(house)
+    data = await house.exported()
     small = await build(max_import_bytes=len(data) - 1)
-    assert (await imported(house, data)).status_code == 200
-    problem(await imported(small, data), "body-too-large")
+    assert (await house.imported(data)).status_code == 200
+    problem(await small.imported(data), "body-too-large")
 
 
 async def test_a_tenant_that_is_not_there_cannot_be_exported(house: House) -> None:
@@ -274,27 +263,27 @@ def importing(house: House, body: Slow, tenant: str) -> asyncio.Task[httpx.Respo
 
 async def test_whoever_sends_a_memory_slowly_keeps_nobody_out_but_itself(house: House) -> None:
     await house.put()
-    data = await exported(house)
+    data = await house.exported()
     body = Slow(data)
     slow = importing(house, body, "slow")
     await body.begun.wait()
-    assert (await imported(house, data, "other")).status_code == 200
-    refused = problem(await imported(house, data, "slow"), "queue-full")
+    assert (await house.imported(data, "other")).status_code == 200
+    refused = problem(await house.imported(data, "slow"), "queue-full")
     assert "of this tenant" in refused["detail"]
     body.go_on.set()
     assert (await slow).status_code == 200
-    assert (await imported(house, data, "slow")).status_code == 200
+    assert (await house.imported(data, "slow")).status_code == 200
 
 
 async def test_memories_on_their_way_take_no_more_of_the_disk_together_than_one_may(build: Build) -> None:
     house = await build()
     await house.put()
-    data = await exported(house)
+    data = await house.exported()
     tight = await build(max_import_bytes=len(data) + len(data) // 4)
     body = Slow(data)
     first = importing(tight, body, "first")
     await body.begun.wait()
-    problem(await imported(tight, data, "second"), "queue-full")
+    problem(await tight.imported(data, "second"), "queue-full")
     body.go_on.set()
     assert (await first).status_code == 200
-    assert (await imported(tight, data, "second")).status_code == 200
+    assert (await tight.imported(data, "second")).status_code == 200

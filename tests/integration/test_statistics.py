@@ -165,22 +165,10 @@ async def test_counting_goes_on_while_the_store_is_away_and_is_written_when_it_i
 # On the move ----------------------------------------------------------------------------------------------------------
 
 
-async def exported(house: House) -> bytes:
-    answer = await house.client.get("/admin/memory/export", headers=TENANT)
-    assert answer.status_code == 200, answer.text
-    return answer.content
-
-
-async def imported(house: House, body: bytes, tenant: str = "other") -> Any:
-    return await house.client.post(
-        "/admin/memory/import", content=body, headers={"X-Tenant": tenant, "Content-Type": "application/octet-stream"}
-    )
-
-
 async def test_export_and_import_carry_them(house: House) -> None:
     await house.predictions(*STREAM)
-    body = await exported(house)
-    answer = await imported(house, body)
+    body = await house.exported()
+    answer = await house.imported(body, "other")
     assert answer.status_code in (200, 201), answer.text
     assert await statistics(house.rooms, "other") == await statistics(house.rooms)
     (here,) = await house.predictions(picture("red", 99), learn="false")
@@ -189,9 +177,9 @@ async def test_export_and_import_carry_them(house: House) -> None:
 
 
 async def test_a_file_without_them_begins_with_none(house: House) -> None:
-    body = await exported(house)
+    body = await house.exported()
     await house.predictions(*STREAM)
-    answer = await imported(house, body, DEFAULT_TENANT)
+    answer = await house.imported(body, DEFAULT_TENANT)
     assert answer.status_code in (200, 201), answer.text
     assert await images(house.rooms) == 0.0
 
@@ -203,7 +191,7 @@ async def test_statistics_of_which_every_class_was_emptied_can_be_moved_all_the_
     before = await statistics(house.rooms)
     assert not before.rows
     assert before.shared
-    answer = await imported(house, await exported(house))
+    answer = await house.imported(await house.exported(), "other")
     assert answer.status_code in (200, 201), answer.text
     assert await statistics(house.rooms, "other") == before
 
@@ -280,9 +268,9 @@ HOSTILE = {
 @pytest.mark.parametrize("what", list(HOSTILE))
 async def test_hostile_statistics_are_refused_and_change_nothing(house: House, what: str) -> None:
     await house.predictions(*STREAM)
-    body = await exported(house)
+    body = await house.exported()
     before = await adapt.load(house.rooms, DEFAULT_TENANT)
-    answer = await imported(house, _columns(HOSTILE[what])(body), DEFAULT_TENANT)
+    answer = await house.imported(_columns(HOSTILE[what])(body), DEFAULT_TENANT)
     problem(answer, "invalid-request")
     assert await adapt.load(house.rooms, DEFAULT_TENANT) == before
 

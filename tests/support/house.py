@@ -169,6 +169,17 @@ class House:
         assert answer.status_code == 200, answer.text
         return dict(answer.json()["memory"])
 
+    async def exported(self, tenant: str = "default") -> bytes:
+        """Return a tenant's memory as a file."""
+        answer = await self.client.get("/admin/memory/export", headers={"X-Tenant": tenant})
+        assert answer.status_code == 200, answer.text
+        assert int(answer.headers["content-length"]) == len(answer.content)
+        return answer.content
+
+    async def imported(self, data: bytes, tenant: str = "default") -> httpx.Response:
+        """Bring a file in as a tenant's memory."""
+        return await self.client.post("/admin/memory/import", content=data, headers={"X-Tenant": tenant})
+
     async def metrics(self) -> dict[str, float]:
         """Return every sample of `/metrics` as `name{label="value",...}` -> value, labels in order."""
         text = (await self.client.get("/metrics")).text

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from core.classify import Sample, classify
 from core.codec import encode_feature
-from core.numerics import unit
 from service import adapt, upkeep
 from service.adapt import LabelledImage
 from service.errors import (
     FingerprintMismatch,
     InvalidRequest,
     StoreDown,
+    TooManyImages,
     UnknownClass,
 )
 from service.rooms import Rooms
@@ -177,17 +177,33 @@ async def test_a_change_that_another_writer_crossed_is_made_anew_on_what_is_ther
     assert [spec.name for spec in record.config.classes] == ["red", "theirs", "mine"]
 
 
+@pytest.mark.parametrize(
+    ("call", "fault", "change"),
+    [
+        ("replace", Conflict, lambda rooms: adapt.add_classes(rooms, "zoo", [ClassSpec(name="green")])),
+        (
+            "add_shots",
+            ReloadNeeded,
+            lambda rooms: add(rooms, ("red", 1)),
+        ),
+    ],
+    ids=["a class", "shots"],
+)
 async def test_a_change_that_is_crossed_again_and_again_ends_in_a_refusal(
-    rooms: Rooms, monkeypatch: pytest.MonkeyPatch
+    rooms: Rooms,
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    fault: type[Exception],
+    change: Callable[[Rooms], Awaitable[object]],
 ) -> None:
     await adapt.put_tenant(rooms, "zoo", colours("red"))
 
-    async def conflict(*_: object, **__: object) -> None:
-        raise Conflict
+    async def crossed(*_: object, **__: object) -> None:
+        raise fault
 
-    monkeypatch.setattr(rooms.store, "replace", conflict)
+    monkeypatch.setattr(rooms.store, call, crossed)
     with pytest.raises(StoreDown):
-        await adapt.add_classes(rooms, "zoo", [ClassSpec(name="green")])
+        await change(rooms)
 
 
 # Re-scoring, by hand --------------------------------------------------------------------------------------------------
@@ -317,7 +333,7 @@ async def test_fewer_slots_that_cross_a_new_label_set_do_not_pass_its_slots_off_
     [
         lambda rooms: adapt.add_classes(rooms, "zoo", [ClassSpec(name="blue")]),
         lambda rooms: adapt.remove_class(rooms, "zoo", "green"),
-        lambda rooms: adapt.add_shots(rooms, "zoo", labelled(("red", 1)), deadline=FOREVER),
+        lambda rooms: add(rooms, ("red", 1)),
     ],
     ids=["add a class", "remove a class", "add shots"],
 )
@@ -342,6 +358,19 @@ def labelled(*shots: tuple[str, int]) -> list[LabelledImage]:
     return [LabelledImage(label=label, image=picture(label, seed)) for label, seed in shots]
 
 
+async def add(rooms: Rooms, *shots: tuple[str, int]) -> object:
+    """Add shots of the colour of their label to the tenant `zoo`."""
+    return await adapt.add_shots(rooms, "zoo", labelled(*shots), deadline=FOREVER)
+
+
+async def test_a_call_of_more_images_than_allowed_stores_nothing(house: Replicas) -> None:
+    rooms = await house.open(max_images=2)
+    await adapt.put_tenant(rooms, "zoo", colours("red"))
+    with pytest.raises(TooManyImages):
+        await add(rooms, *(("red", n) for n in range(3)))
+    assert await house.shots() == {}
+
+
 async def test_an_upload_that_another_writer_crossed_is_checked_anew(
     rooms: Rooms, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,21 +386,8 @@ async def test_an_upload_that_another_writer_crossed_is_checked_anew(
 
     monkeypatch.setattr(rooms.store, "add_shots", crossing)
     with pytest.raises(UnknownClass):
-        await adapt.add_shots(rooms, "zoo", labelled(("red", 1)), deadline=FOREVER)
+        await add(rooms, ("red", 1))
     assert (await stored(rooms)).shots == {}
-
-
-async def test_an_upload_that_is_crossed_again_and_again_ends_in_a_refusal(
-    rooms: Rooms, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await adapt.put_tenant(rooms, "zoo", colours("red"))
-
-    async def crossed(*_: object, **_more: object) -> None:
-        raise ReloadNeeded
-
-    monkeypatch.setattr(rooms.store, "add_shots", crossed)
-    with pytest.raises(StoreDown):
-        await adapt.add_shots(rooms, "zoo", labelled(("red", 1)), deadline=FOREVER)
 
 
 async def test_an_upload_whose_client_leaves_at_once_leaves_no_loose_ends(rooms: Rooms) -> None:
@@ -389,11 +405,3 @@ async def test_an_upload_whose_client_leaves_at_once_leaves_no_loose_ends(rooms:
         gc.collect()
     assert not [str(one.message) for one in told]
     assert rooms.batcher.taken == 0
-
-
-def test_the_compass_agrees_with_the_hand() -> None:
-    """A feature at 40 degrees is nearer to 0 than to 90, and nearer to 45 than to either."""
-    head = torch.stack([at(0), at(90), at(45)])
-    assert int((head[:2] @ at(40)).argmax()) == 0
-    assert int((head @ at(40)).argmax()) == 2
-    assert torch.allclose(unit(at(40)), at(40))

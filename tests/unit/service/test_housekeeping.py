@@ -172,15 +172,6 @@ async def test_they_are_never_compared_where_that_is_the_setting(house: House) -
     assert repairs(rooms) == 0
 
 
-async def test_what_was_found_different_is_right_for_the_next_one_who_asks(house: House, rooms: Rooms) -> None:
-    await house.learn(rooms, "0")
-    right = (await hot(rooms)).snapshot.dynamic.classes[0].entropies
-    tamper(await hot(rooms))
-    house.clock.advance(VERIFY_S)
-    await Housekeeper(rooms).tick()
-    assert (await hot(rooms)).snapshot.dynamic.classes[0].entropies == right
-
-
 # Snapshots ------------------------------------------------------------------------------------------------------------
 
 
@@ -197,18 +188,6 @@ async def test_hot_memories_are_kept_on_schedule_and_cold_ones_are_left_alone(ho
         assert await house.reasons() == ["schedule"] * day
         house.clock.advance(DAY_S)
     assert await house.reasons("farm") == []
-
-
-async def test_of_two_replicas_housekeepers_one_takes_it(house: House, rooms: Rooms) -> None:
-    other = await house.open()
-    keepers = [Housekeeper(rooms), Housekeeper(other)]
-    for replica in (rooms, other):
-        await house.learn(replica, "0")
-    for _ in range(3):
-        for keeper in keepers:
-            await keeper.tick()
-        house.clock.advance(DAY_S)
-    assert await house.reasons() == ["schedule"]
 
 
 async def test_a_schedule_shorter_than_ten_minutes_is_kept_too(house: House) -> None:

@@ -292,13 +292,6 @@ async def test_an_image_is_counted_once_whatever_slots_it_has_and_a_purged_one_i
     assert images == 2.0
 
 
-async def test_shots_are_left_as_they_are(house: House, rooms: Rooms) -> None:
-    shots = [shot(1, "green"), shot(2, "red")]
-    await house.put(colours(kept=True), slots={GREEN: [slot("1", look("red"))]}, shots=shots)
-    await resumed(rooms)
-    assert await house.shots() == {one.id: one for one in shots}
-
-
 async def test_a_memory_without_slots_or_classes_is_done_at_once(house: House, rooms: Rooms) -> None:
     for config in (colours(), TenantConfig()):
         await house.put(config)
