@@ -11,13 +11,14 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
+
+from tests.support.process import PATIENCE_S, until
 
 HOST = "127.0.0.1"
 BINARY = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin")
@@ -30,14 +31,13 @@ LOOK_MS = 100
 By = Literal["request", "connection"]
 """What is spread: each request, as a balancer does that speaks HTTP; or connections, as one does that does not."""
 
-_PATIENCE_S = 10.0
 _CONFIG = """\
 global
   stats socket {folder}/stats.sock mode 600 level user
 defaults
   mode {mode}
-  timeout connect 2s
-  timeout check 5s
+  timeout connect 30s
+  timeout check 30s
   timeout client 60s
   timeout server 60s
   retries 3
@@ -75,7 +75,7 @@ class Proxy:
     def _rows(self) -> dict[str, dict[str, str]]:
         """Return what it counts, by instance, and of all together."""
         with socket.socket(socket.AF_UNIX) as asked:
-            asked.settimeout(_PATIENCE_S)
+            asked.settimeout(PATIENCE_S)
             asked.connect(str(self.stats))
             asked.sendall(b"show stat\n")
             with asked.makefile(encoding="ascii") as told:
@@ -105,19 +105,12 @@ def proxy(instances: Mapping[str, int], by: By = "request") -> Iterator[Proxy]:
             subprocess.Popen(command, stdout=log, stderr=log, pass_fds=(door.fileno(),)) as process,
         ):
             try:
-                _until_told(own, process, folder / "log")
+                until("the proxy tells how it is", lambda: _tells(own, process, folder / "log"))
                 yield own
             finally:
                 process.kill()
 
 
-def _until_told(own: Proxy, process: subprocess.Popen[bytes], log: Path) -> None:
-    ends = time.monotonic() + _PATIENCE_S
-    while True:
-        with suppress(OSError):
-            own.redispatched()
-            return
-        told = log.read_text(errors="replace")
-        assert process.poll() is None, f"the proxy ended with status {process.returncode}: {told}"
-        assert time.monotonic() < ends, f"the proxy does not tell how it is: {told}"
-        time.sleep(0.02)  # no event tells that another process listens; bounded above
+def _tells(own: Proxy, process: subprocess.Popen[bytes], log: Path) -> bool:
+    assert process.poll() is None, f"the proxy ended with status {process.returncode}: {log.read_text()}"
+    return own.redispatched() >= 0

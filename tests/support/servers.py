@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -34,8 +35,8 @@ HOST = "127.0.0.1"
 SLOTS = 16384
 """Hash slots of a cluster."""
 
-_PORTS = range(10_000, 32_000)
-"""Below those that the system gives to clients: a port stays free while its server is down."""
+_PORTS = range(10_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8, 32_000, 8)
+"""Below those that the system gives to clients, and for this worker alone: a port stays free while nobody listens."""
 
 _LAUNCHES = 5
 

@@ -1,79 +1,78 @@
-"""Restarted one after the other under load: `python -m tests.soak.rolling [--instances 3 --cluster --seconds 90]`.
+"""Real instances behind a real proxy are restarted one after the other under load.
 
 Several `dmn serve` on one Valkey, or on a cluster of three nodes, stand behind HAProxy, which asks them whether they
 are ready. Tenants are asked without pause through it. One instance after the other is told to stop, ends, is started
-again and is waited for, until the time is over. Every call has to be answered 2xx, and rightly; each instance has to
-end with status 0 and soon; all that was acknowledged has to be there at last, whichever instance is asked; and each has
-to hold the memory of every tenant again within 10 s of being ready again. Status 1 if it is not so.
+again and is waited for, once, or until the time is over. Every call has to be answered 2xx, and rightly; each instance
+has to end with status 0; all that was acknowledged has to be there at last, whichever instance is asked; and each has
+to hold the memory of every tenant again, in the long run within 10 s of being ready again.
 
-With `--by connection` the proxy spreads connections and speaks no HTTP: then what an instance says while it leaves goes
-to the clients themselves. The short forms are in `tests/e2e/test_rolling.py`.
+Where the proxy spreads connections and speaks no HTTP, what an instance says while it leaves goes to the clients
+themselves.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
-import json
 import re
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, get_args
+from dataclasses import asdict, dataclass, field, replace
+from math import inf
+from typing import Any
 
-import httpx
 import numpy as np
+import pytest
 
-from service.bench.telling import stamp
 from tests.soak.proxy import BINARY, MISSING, By, Proxy, proxy
+from tests.soak.report import tell
 from tests.soak.traffic import Traffic, lost, promised, uncounted
 from tests.support.fakes import picture
-from tests.support.process import Command
+from tests.support.process import PATIENCE_S, Service, until
 from tests.support.servers import BINARIES, cluster, free_ports, server
 
-WARM_S = 10.0
-"""Within which an instance that is ready again has to hold every tenant's memory."""
+pytestmark = [
+    pytest.mark.skipif(BINARY is None, reason=MISSING),
+    pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed"),
+]
 
-DRAIN_DELAY_S, DRAIN_TIMEOUT_S = 2.0, 30.0
-GRACE_S = DRAIN_DELAY_S + DRAIN_TIMEOUT_S + 30.0
-"""Within which an instance has to end that was told to stop, as the README has it."""
-
-_PATIENCE_S = 120.0
-_LOOK_S = 0.05
+SETTINGS = {
+    "DMN_DRAIN_DELAY_S": "2",
+    "DMN_DRAIN_TIMEOUT_S": "30",
+    "DMN_STORE_TIMEOUT_MS": "60000",
+    "DMN_LOG_LEVEL": "warning",
+    "OMP_NUM_THREADS": "1",
+}
 _METRIC = re.compile(r"^(dmn_\S+) (\S+)$", re.MULTILINE)
 _LOADS = 'dmn_store_duration_seconds_{}{{op="load"}}'
-
-_SCRIPT = """
-import sys
-from types import ModuleType
-from tests.support.fakes import FakeEncoder
-light = ModuleType("core.openclip")
-light.load = lambda *_, **__: FakeEncoder()
-sys.modules["core.openclip"] = light
-from service.cli import main
-sys.argv[0] = "dmn"
-main()
-"""
-"""The command as it is, but for its encoder; open_clip itself takes seconds to import."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Size of a run: whole rounds of restarts, as many as begin within some seconds, and one at least."""
+    """Size of a run: whole rounds of restarts, as many as begin within some seconds, and one at least.
+
+    `rate` are calls a second: it is they that bring memories back, within `warm_s`.
+    """
 
     instances: int = 2
     on_cluster: bool = False
     by: By = "request"
-    seconds: float = 90.0
-    rate: float = 50.0
-    tenants: int = 10
+    seconds: float = 0.0
+    rate: float = 30.0
+    tenants: int = 4
     seed: int = 0
-    warm_s: float = WARM_S
+    warm_s: float = inf
+
+
+LONG = Options(seconds=90.0, rate=50.0, tenants=10, warm_s=10.0)
+OPTIONS = {
+    ("short", "one store"): Options(by="connection"),
+    ("short", "cluster"): Options(on_cluster=True),
+    ("long", "one store"): LONG,
+    ("long", "cluster"): replace(LONG, instances=3, on_cluster=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,77 +114,27 @@ class Report:
         """Calls that were not answered 2xx."""
         return sum(count for status, count in self.statuses.items() if not status.startswith("2"))
 
-    def json(self) -> dict[str, Any]:
-        return {
-            **asdict(self.options),
-            "restarts": [{name: _rounded(value) for name, value in asdict(one).items()} for one in self.restarts],
-            "warm_again_s_max": _rounded(max((one.warm_s for one in self.restarts), default=0.0)),
-            "calls": self.calls,
-            "statuses": self.statuses,
-            "failed": self.failed,
-            "redispatched": self.redispatched,
-            "taken": self.taken,
-            "latency_ms": self.latency_ms,
-            "told_to_be_held": self.slots,
-            "shots": self.shots,
-            "tenants_made": self.made,
-            "seconds": _rounded(self.seconds),
-            "faults": self.faults,
-        }
+    def figures(self) -> dict[str, Any]:
+        """Return what is told of it."""
+        restarts = [{name: _rounded(value) for name, value in vars(one).items()} for one in self.restarts]
+        warm = _rounded(max((one.warm_s for one in self.restarts), default=0.0))
+        told = asdict(self.options) | vars(self) | {"restarts": restarts, "warm_again_s_max": warm}
+        return {name: value for name, value in told.items() if name not in ("options", "warm_s")}
 
 
-class Instance:
+class Instance(Service):
     """`dmn serve` on a port of its own, one process after the other."""
 
     def __init__(self, name: str, port: int, store: str) -> None:
-        self.name, self.port, self._store = name, port, store
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=_PATIENCE_S, trust_env=False)
-        self._stack = ExitStack()
-        self._command: Command | None = None
-
-    def start(self) -> None:
-        """Start it; return at once."""
-        own = {
-            "DMN_DRAIN_DELAY_S": str(DRAIN_DELAY_S),
-            "DMN_DRAIN_TIMEOUT_S": str(DRAIN_TIMEOUT_S),
-            "DMN_LOG_LEVEL": "warning",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = Command("fake", "serve", "--port", str(self.port), store=self._store, script=_SCRIPT, **own)
-        self._command = self._stack.enter_context(command)
+        super().__init__("fake", store=store, port=port, **SETTINGS)
+        self.name = name
 
     def stop(self) -> list[str]:
         """Tell it to stop, wait until it has, and return what is wrong with how it ended."""
-        assert self._command is not None
-        self._command.signal(signal.SIGTERM)
-        status, said = self._command.process.wait(GRACE_S), "".join(self._command.err)
-        self._stack.close()
+        self.command.signal(signal.SIGTERM)
+        status, said = self.command.ended(), self.said()
         fine = status == 0 and "Traceback" not in said
         return [] if fine else [f"{self.name} ended with status {status}: {said[-2000:]}"]
-
-    def close(self) -> None:
-        """End it, however it stands."""
-        self._stack.close()
-        self.client.close()
-
-    def is_ready(self) -> bool:
-        """Return whether it says that it is ready.
-
-        Raises:
-            AssertionError: it has ended.
-        """
-        assert self._command is not None
-        ended = self._command.process.poll()
-        assert ended is None, f"{self.name} ended with status {ended}: {''.join(self._command.err)[-2000:]}"
-        with contextlib.suppress(httpx.TransportError):
-            return self.client.get("/readyz").status_code == 200
-        return False
-
-    def waited_s(self) -> float:
-        """Return how long its first thread has waited for a processor, in seconds; 0 where nobody counts that."""
-        assert self._command is not None
-        counted = Path(f"/proc/{self._command.process.pid}/schedstat")
-        return int(counted.read_text().split()[1]) / 1e9 if counted.exists() else 0.0
 
     def metrics(self) -> dict[str, float]:
         """Return all its metrics."""
@@ -223,11 +172,11 @@ class Run:
             found = await asyncio.to_thread(lost, self._traffic, instance.client)
             self._report.faults += [f"{instance.name}: {fault}" for fault in found]
 
-            def counted(own: httpx.Client = instance.client) -> bool:
-                return not uncounted(self._traffic, own)
+            def counted(own: Instance = instance) -> bool:
+                return not uncounted(self._traffic, own.client)
 
-            with contextlib.suppress(TimeoutError):  # what others counted comes with time, and nobody tells when
-                await _until(counted, "count", WARM_S)
+            with contextlib.suppress(AssertionError):  # what others counted comes with time, and nobody tells when
+                await _until("all pictures are counted", counted)
             self._report.faults += [f"{instance.name}: {fault}" for fault in uncounted(self._traffic, instance.client)]
 
     @asynccontextmanager
@@ -246,15 +195,15 @@ class Run:
         self._report.faults += await asyncio.to_thread(instance.stop)
         ended = time.monotonic()
         instance.start()
-        await _until(instance.is_ready, f"readiness of {instance.name}")
+        await _until(f"{instance.name} is ready", instance.is_ready)
         ready = time.monotonic()
-        waited = instance.waited_s()
+        _, waited = instance.processor_s()
         warm_s, load_ms = await self._warm(instance)
-        waited_s = instance.waited_s() - waited
+        waited_s = instance.processor_s()[1] - waited
         if warm_s > self._report.options.warm_s:
             took = f"{warm_s:.1f} s after it was ready again, {waited_s:.1f} s of them for want of a processor"
             self._report.faults.append(f"{instance.name} held all memories {took}")
-        await _until(lambda: self._proxy.is_up(instance.name), f"call for {instance.name}")
+        await _until(f"{instance.name} is sent calls", lambda: self._proxy.is_up(instance.name))
         meanwhile = [one.seconds for one in self._traffic.answered if one.sent >= ready]
         return Restart(
             instance=instance.name,
@@ -273,7 +222,8 @@ class Run:
         """
         start = time.monotonic()
         await _until(
-            lambda: instance.metrics()["dmn_hot_tenants"] >= len(self._tenants), f"hot memories of {instance.name}"
+            f"{instance.name} holds all memories",
+            lambda: instance.metrics()["dmn_hot_tenants"] >= len(self._tenants),
         )
         seconds, seen = time.monotonic() - start, instance.metrics()
         answered = await asyncio.to_thread(lambda: [tenant for tenant in self._tenants if instance.answers(tenant)])
@@ -287,7 +237,7 @@ async def run(options: Options) -> Report:
     report = Report(options=options)
     with _store(options) as store, _instances(options, store) as instances:
         for instance in instances:
-            await _until(instance.is_ready, f"readiness of {instance.name}")
+            await _until(f"{instance.name} is ready", instance.is_ready)
         with proxy({one.name: one.port for one in instances}, options.by) as before:
             traffic = Traffic(before.url, tenants=options.tenants, rate=options.rate, seed=options.seed)
             await traffic.prepare()
@@ -295,16 +245,9 @@ async def run(options: Options) -> Report:
             await own.rounds()
             _note(report, traffic, before)
         await own.check()
-        for instance in instances:
-            report.faults += await asyncio.to_thread(instance.stop)
+        ends = await asyncio.gather(*(asyncio.to_thread(instance.stop) for instance in instances))
+        report.faults += [fault for end in ends for fault in end]
     return report
-
-
-def missing() -> str | None:
-    """Return why it cannot run here; None if it can."""
-    if BINARY is None:
-        return MISSING
-    return None if BINARIES["valkey"] else "no Valkey or Redis server is installed"
 
 
 def _note(report: Report, traffic: Traffic, before: Proxy) -> None:
@@ -341,48 +284,26 @@ def _instances(options: Options, store: str) -> Iterator[list[Instance]]:
         yield instances
 
 
-async def _until(told: Callable[[], bool], what: str, patience_s: float = _PATIENCE_S) -> None:
-    """Return once something is so that sends no event; it is asked beside the traffic.
-
-    Raises:
-        TimeoutError: it does not come to be so.
-    """
-    ends = time.monotonic() + patience_s
-    while not await asyncio.to_thread(told):
-        if time.monotonic() > ends:
-            raise TimeoutError(f"after {patience_s:.0f} s there is still no {what}")
-        await asyncio.sleep(_LOOK_S)
+async def _until(what: str, probe: Callable[[], bool]) -> None:
+    """Return once something holds; it is asked beside the traffic."""
+    await asyncio.to_thread(until, what, probe, 2 * PATIENCE_S)
 
 
 def _rounded(value: Any) -> Any:
     return round(value, 2) if isinstance(value, float) else value
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--instances", type=int, default=2)
-    parser.add_argument("--cluster", action="store_true", help="on a cluster of three nodes; else on one server")
-    parser.add_argument("--by", choices=get_args(By), default="request", help="what the proxy spreads")
-    parser.add_argument("--seconds", type=float, default=90.0, help="in which rounds of restarts may begin")
-    parser.add_argument("--rate", type=float, default=50.0, help="calls a second: it is they that bring memories back")
-    parser.add_argument("--tenants", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    given = vars(parser.parse_args())
-    as_json, on_cluster = given.pop("json"), given.pop("cluster")
-    if why := missing():
-        print(json.dumps({"skipped": why}) if as_json else why)
-        return 0
-    report = asyncio.run(run(Options(on_cluster=on_cluster, **given)))
-    if as_json:
-        print(json.dumps({**report.json(), **stamp()}, indent=2))
-    else:
-        for name, value in report.json().items():
-            if name != "faults":
-                print(f"{name:>24} {value}")
-        print("\n".join(report.faults) or "no call failed, and no write is lost")
-    return 1 if report.faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@pytest.mark.parametrize("store", ["one store", "cluster"])
+async def test_instances_restart_in_turn_and_no_call_fails_no_write_is_lost_and_memories_are_warm_again(
+    store: str, scale: str
+) -> None:
+    options = OPTIONS[scale, store]
+    report = await run(options)
+    tell(f"rolling restarts on {store}", report.figures())
+    assert not report.faults, "\n".join(report.faults)
+    assert report.failed == 0
+    assert {one.instance for one in report.restarts} == set(report.taken)
+    assert all(report.taken.values()), "an instance was never asked"
+    assert report.slots > 10
+    assert report.shots
+    assert report.made
