@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,12 +36,16 @@ class Heap:
     By default glibc returns tensors of some megabytes to the system, which hands out zeroed pages for them again: on
     two cores that took more than a fourth of the time of `lite`. So it is told to keep them. All threads share one
     arena, so that this counts for all. But what lies free between two pieces in use stays with it however large it
-    grows, and large pictures leave a lot; that it is told to give back.
+    grows, and large pictures leave a lot; that it is told to give back. `clock` tells seconds, and `worked` those that
+    this process computed.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, clock: Callable[[], float] = time.monotonic, worked: Callable[[], float] = time.process_time
+    ) -> None:
         self._library: ctypes.CDLL | None = None
-        self._other, self._worked_s, self._looked = 0, time.process_time(), time.monotonic()
+        self._clock, self._worked = clock, worked
+        self._other, self._worked_s, self._looked = 0, worked(), clock()
         with suppress(OSError, AttributeError):
             library = ctypes.CDLL(None)
             for option, value in _MALLOC.items():
@@ -62,7 +67,7 @@ class Heap:
 
     def _idles(self) -> bool:
         """Return whether next to nothing was computed since this was asked last."""
-        worked_s, looked = time.process_time(), time.monotonic()
+        worked_s, looked = self._worked(), self._clock()
         idles = worked_s - self._worked_s <= _IDLE_SHARE * (looked - self._looked)
         self._worked_s, self._looked = worked_s, looked
         return idles

@@ -98,6 +98,7 @@ def test_a_service_that_does_not_answer_is_waited_for_until_the_deadline_only() 
         audit(waits, deadline_s=0.5)
 
 
+@pytest.mark.slow
 def test_the_real_pip_audit_takes_its_options_and_a_service_that_is_not_there_is_no_failure(
     project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

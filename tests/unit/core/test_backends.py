@@ -22,6 +22,9 @@ CPU = torch.device("cpu")
 PREPROCESS = Preprocess(size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 LIBRARIES = list(kept.LIBRARIES)
 
+needs_a_library = pytest.mark.slow
+"""Exports a tower; the libraries for it are installed for the slow tier only."""
+
 
 class Small(nn.Module):
     """A convolution with a batch norm, and a linear layer."""
@@ -87,6 +90,7 @@ def exports(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
+@needs_a_library
 def test_a_backend_gives_the_models_features_for_batches_of_every_size(each: Runtime) -> None:
     visual = small()
     tower = built(visual, each)
@@ -94,6 +98,7 @@ def test_a_backend_gives_the_models_features_for_batches_of_every_size(each: Run
         torch.testing.assert_close(unit(tower(pixels(n))), reference(visual, pixels(n)), rtol=0, atol=1e-5)
 
 
+@needs_a_library
 def test_features_of_an_earlier_batch_are_not_written_over(each: Runtime) -> None:
     tower = built(small(), each)
     first = tower(pixels(2))
@@ -102,6 +107,7 @@ def test_features_of_an_earlier_batch_are_not_written_over(each: Runtime) -> Non
     assert torch.equal(first, before)
 
 
+@needs_a_library
 def test_an_exported_tower_is_kept_and_found_again(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = exports(runtime, monkeypatch)
     first, second = built(small(), runtime), built(small(), runtime)
@@ -109,6 +115,7 @@ def test_an_exported_tower_is_kept_and_found_again(runtime: Runtime, monkeypatch
     assert torch.equal(first(pixels()), second(pixels()))
 
 
+@needs_a_library
 def test_another_model_or_another_version_makes_its_own(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     built(small(0), runtime, "one")
     built(small(1), runtime, "two")
@@ -117,6 +124,7 @@ def test_another_model_or_another_version_makes_its_own(runtime: Runtime, monkey
     assert len(places(runtime)) == 3
 
 
+@needs_a_library
 def test_a_broken_tower_is_made_anew(each: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     built(small(), each)
     (place,) = places(each)
@@ -128,12 +136,14 @@ def test_a_broken_tower_is_made_anew(each: Runtime, monkeypatch: pytest.MonkeyPa
     assert places(each) == [place]
 
 
+@needs_a_library
 def test_a_kept_tower_of_other_features_is_made_anew(runtime: Runtime) -> None:
     built(small(1), runtime, "same name")
     tower = built(small(0), runtime, "same name")
     torch.testing.assert_close(unit(tower(pixels())), reference(small(0), pixels()), rtol=0, atol=1e-5)
 
 
+@needs_a_library
 def test_two_that_start_at_once_export_once(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, visual = exports(runtime, monkeypatch), small()
     with ThreadPoolExecutor(2) as threads:
@@ -142,6 +152,7 @@ def test_two_that_start_at_once_export_once(runtime: Runtime, monkeypatch: pytes
     assert torch.equal(*(tower(pixels()) for tower in towers))
 
 
+@needs_a_library
 def test_what_a_killed_process_left_half_written_is_no_tower(runtime: Runtime) -> None:
     built(small(), runtime)
     (place,) = places(runtime)
@@ -150,6 +161,7 @@ def test_what_a_killed_process_left_half_written_is_no_tower(runtime: Runtime) -
     assert places(runtime) == [place]
 
 
+@needs_a_library
 def test_features_that_are_not_the_models_are_refused_and_not_kept(runtime: Runtime) -> None:
     other = reference(small(1), sample(32))
     with pytest.raises(EncoderUnavailable, match=rf"{runtime.backend} in auto .* cosine of .* at least {AGREEMENT}"):
@@ -157,6 +169,7 @@ def test_features_that_are_not_the_models_are_refused_and_not_kept(runtime: Runt
     assert places(runtime) == []
 
 
+@needs_a_library
 def test_a_folder_that_cannot_be_written_is_one_sentence(runtime: Runtime, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
@@ -165,6 +178,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(runtime: Runtime, tmp_p
         built(small(), Runtime(backend=runtime.backend, cache=tmp_path / "file"))
 
 
+@needs_a_library
 def test_a_model_that_a_backend_cannot_run_is_one_sentence(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(*_: object) -> None:
         raise RuntimeError("no such operator")
@@ -173,6 +187,12 @@ def test_a_model_that_a_backend_cannot_run_is_one_sentence(runtime: Runtime, mon
     with pytest.raises(EncoderUnavailable, match=r"cannot run this model \(no such operator\); choose another"):
         built(small(), runtime)
     assert places(runtime) == []
+
+
+@pytest.fixture
+def libraries_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every library be found, whether or not it is installed."""
+    monkeypatch.setattr(kept.importlib.util, "find_spec", lambda _: object())
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)
@@ -185,6 +205,7 @@ def test_a_missing_package_is_told_with_the_command_that_brings_it(
         check_possible(Runtime(backend=backend), CPU)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("libraries_found")
 @pytest.mark.parametrize(
     ("runtime", "device", "sentence"),
     [
@@ -198,6 +219,7 @@ def test_what_cannot_be_is_refused_before_weights_are_read(runtime: Runtime, dev
         check_possible(runtime, torch.device(device))
 
 
+@pytest.mark.usefixtures("libraries_found")
 @pytest.mark.parametrize("backend", ["torch", "openvino"])
 def test_a_processor_without_bfloat16_says_so(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = Runtime(backend=backend, dtype="bfloat16")  # type: ignore[arg-type]
@@ -249,6 +271,7 @@ def test_the_pictures_that_towers_agree_on_are_always_the_same() -> None:
     assert sample(32).amax((1, 2, 3)).min() == 255
 
 
+@needs_a_library
 def test_no_library_is_imported_before_it_is_asked_for_and_none_tells_its_makers() -> None:
     code = (
         "import sys, core.openclip; from core import openvino_tower;"

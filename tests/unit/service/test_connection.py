@@ -395,7 +395,8 @@ class Node:
         if self.address in self.world.dead:
             raise told.ConnectionError("gone")
         if self.address in self.world.held:
-            await asyncio.sleep(0.3)
+            if args == ("CLUSTER", "SLOTS"):
+                await asyncio.Event().wait()  # until it is cancelled
             raise told.TimeoutError("silence")
         if args == ("CLUSTER", "SLOTS"):
             return self.world.slots()
@@ -526,7 +527,11 @@ async def test_a_slot_on_its_way_is_asked_for_where_it_goes_for_this_command_onl
     assert world.asked() == [("a", "GET", LOW), ("c", "ASKING", "GET", LOW)] * 2
 
 
-async def test_keys_on_both_nodes_are_waited_for_but_not_for_ever(world: World, cluster: Any) -> None:
+async def test_keys_on_both_nodes_are_waited_for_but_not_for_ever(
+    world: World, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = 6
+    monkeypatch.setattr(cluster_module, "_TURNS", turns)
     answers: list[Any] = [told.TryAgainError("rehashing")] * 3 + ["whole"]
 
     def try_again(_: Address, __: Sequence[Any]) -> Any:
@@ -539,7 +544,7 @@ async def test_keys_on_both_nodes_are_waited_for_but_not_for_ever(world: World, 
     assert await cluster.get(LOW) == "whole"
     with pytest.raises(told.ClusterError):
         await cluster.get(LOW)
-    assert len(world.asked()) == 4 + cluster_module._TURNS
+    assert len(world.asked()) == 4 + turns
 
 
 async def test_when_a_node_is_gone_the_others_are_asked_who_has_its_slots(world: World, cluster: Any) -> None:

@@ -108,6 +108,7 @@ async def test_a_missing_package_is_one_sentence_that_says_what_to_do(monkeypatc
             pass
 
 
+@pytest.mark.slow
 def test_nothing_that_sends_spans_is_imported_while_traces_are_off() -> None:
     code = (
         f"import sys, service.app, service.back, service.cli, service.front, service.serve; SENDING = {SENDING}\n"
