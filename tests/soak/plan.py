@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from random import Random
-from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,19 +35,12 @@ _LATE = 200
 class Options:
     """Size of a run. `phases` are parts at whose ends everything is compared."""
 
-    candidates: int = 20_000
-    workers: int = 4
-    classes: int = 40
+    candidates: int
+    workers: int
+    classes: int
+    phases: int
     slots: int = 10
     seed: int = 0
-    phases: int = 4
-
-    def json(self) -> dict[str, int]:
-        return asdict(self)
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
-        return cls(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

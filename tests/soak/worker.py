@@ -25,7 +25,7 @@ from tests.soak.plan import TENANT, Ask, Image, Options, PlainEncoder, Reset, St
 CALLERS = 48
 """Steps under way at once."""
 
-SETTLE_S = 10.0
+SETTLE_S = 60.0
 _TRIES = 50
 
 Bank = list[tuple[str, float, str]]
@@ -37,14 +37,14 @@ def main() -> None:
     torch.set_num_threads(1)
     # The encoder is brought along; open_clip takes seconds to import, in each of the processes.
     sys.modules["core.openclip"] = ModuleType("core.openclip")
-    url, options = sys.argv[1], Options.of(json.loads(sys.argv[2]))
+    url, options = sys.argv[1], Options(**json.loads(sys.argv[2]))
     asyncio.run(_serve(url, options))
 
 
 async def _serve(url: str, options: Options) -> None:
     from service.app import open_rooms  # noqa: PLC0415 - after what it shall not import was put aside
 
-    async with open_rooms(Settings(store=url), PlainEncoder(options.classes)) as rooms:
+    async with open_rooms(Settings(store=url, store_timeout_ms=60_000), PlainEncoder(options.classes)) as rooms:
         worker = _Worker(rooms, options)
         while line := await asyncio.to_thread(sys.stdin.readline):
             told = json.loads(line)

@@ -1,14 +1,13 @@
-"""Workers that converge: `python tests/soak/convergence.py [--candidates 20000 --workers 4 --seed 0 --json]`.
+"""Workers converge: store and copies hold the surest of all that was learned.
 
 Several processes, each with the service's own rooms, learn one tenant's images over one server: entropies that tie,
 images delivered twice (at once, later, by another worker, with other last bits), resets of some classes and of all
 while the others go on. At the end of each phase the memory must be the top-L of all that was answered in its epochs,
-written out in plain Python, to the bit: in the store and in every worker's hot copy. Status 1 if it is not.
+written out in plain Python, to the bit: in the store and in every worker's hot copy.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -17,22 +16,30 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import pytest
 from redis import Redis
 
 from core.codec import encode_feature
-from tests.soak.plan import TENANT, Image, Options, class_specs, feature, images, steps
-from tests.support.servers import BINARIES, server
+from service.stores.embedded import find_binary
+from tests.soak.plan import Image, Options, class_specs, feature, images, steps
+from tests.soak.report import tell
+from tests.support.process import PATIENCE_S, ROOT
+from tests.support.servers import server
+
+pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed")
+
+OPTIONS = {
+    "short": Options(candidates=2000, workers=3, classes=12, phases=3),
+    "long": Options(candidates=20_000, workers=4, classes=40, phases=4),
+}
 
 PHASE_S = 600.0
 """How long a phase may take; a run that hangs ends by it."""
 
-ROOT = Path(__file__).parents[2]
 _LINE = 1 << 28
-_DEFAULTS = Options()
 
 Banks = Mapping[str, Sequence[Sequence[Any]]]
 
@@ -54,22 +61,10 @@ class Report:
     seconds: float = 0.0
     settled_s: list[float] = field(default_factory=list)
 
-    def json(self) -> dict[str, Any]:
-        return {
-            **self.options.json(),
-            "deliveries": self.deliveries,
-            "delivered_twice": self.twice,
-            "boundary_ties": self.ties,
-            "resets": self.resets,
-            "refused_and_sent_again": self.again,
-            **{f"outcome_{name}": count for name, count in sorted(self.outcomes.items())},
-            "script_calls": self.pushes,
-            "repairs": self.repairs,
-            "seconds": round(self.seconds, 1),
-            "deliveries_per_second": round(self.deliveries / max(self.seconds, 1e-9)),
-            "settled_after_ms_max": round(1000 * max(self.settled_s, default=0.0)),
-            "faults": self.faults,
-        }
+    def figures(self) -> dict[str, Any]:
+        """Return what is told of it."""
+        told = vars(self.options) | vars(self) | {"settled_s": round(max(self.settled_s), 3)}
+        return {name: value for name, value in told.items() if name != "options"}
 
 
 class Worker:
@@ -94,7 +89,7 @@ class Worker:
 async def hired(url: str, options: Options) -> AsyncIterator[Worker]:
     """Start a worker, and end it."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.soak.worker", url, json.dumps(options.json())),
+        *(sys.executable, "-m", "tests.soak.worker", url, json.dumps(asdict(options))),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=_LINE,
@@ -107,7 +102,7 @@ async def hired(url: str, options: Options) -> AsyncIterator[Worker]:
         assert process.stdin is not None
         process.stdin.close()
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 await process.wait()
         except TimeoutError:
             process.kill()
@@ -121,8 +116,8 @@ def _environment() -> dict[str, str]:
 
 async def run(options: Options) -> Report:
     """Let workers learn over a server of their own, compare at the end of each phase, and report."""
-    binary = BINARIES["valkey"] or BINARIES["redis"]
-    assert binary, "no Valkey or Redis server is installed"
+    binary = find_binary()
+    assert binary
     report = Report(options=options)
     async with AsyncExitStack() as stack:
         running = stack.enter_context(server(str(binary)))
@@ -238,23 +233,14 @@ def _script_calls(url: str) -> int:
     return sum(int(told.get(f"cmdstat_{name}", {}).get("calls", 0)) for name in ("evalsha", "eval"))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in _DEFAULTS.json().items():
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--json", action="store_true")
-    given = vars(parser.parse_args())
-    as_json = given.pop("json")
-    report = asyncio.run(run(Options.of(given)))
-    if as_json:
-        print(json.dumps(report.json()))
-    else:
-        for name, value in report.json().items():
-            if name != "faults":
-                print(f"{name:>24} {value}")
-        print("\n".join(report.faults) or f"{TENANT}: store and {report.options.workers} copies equal the reference")
-    return 1 if report.faults else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+async def test_store_and_copies_hold_the_surest_of_all_that_was_learned_whatever_ties_comes_twice_or_is_reset(
+    scale: str,
+) -> None:
+    report = await run(OPTIONS[scale])
+    tell("convergence", report.figures())
+    assert not report.faults, "\n".join(report.faults)
+    assert report.ties, "no class was decided by an id"
+    assert report.twice
+    assert report.resets == 4 * (report.options.phases - 1)
+    assert report.outcomes.keys() == {"filled", "replaced", "rejected", "duplicate"}
+    assert report.repairs == 0
