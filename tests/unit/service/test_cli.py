@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -46,8 +47,14 @@ class Ran:
 Run = Callable[..., Ran]
 
 
+@pytest.fixture(scope="module")
+def made_command() -> Any:
+    """Return the command, made once: typer makes it anew for each call, which takes longer than the call."""
+    return typer.main.get_command(cli.app)
+
+
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def run(made_command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Return what runs `dmn` with arguments, in this process, with an encoder that sees colours."""
     for name in list(os.environ):
         if name.upper().startswith("DMN_"):
@@ -56,6 +63,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setattr(root, "handlers", root.handlers[:])
     monkeypatch.setattr(openclip, "load", lambda *_, **__: FakeEncoder())
     monkeypatch.setattr(cli, "out", Console(width=300))
+    monkeypatch.setattr(cli, "app", made_command)
 
     def dmn(*arguments: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["dmn", *map(str, arguments)])
@@ -780,6 +788,7 @@ def keys(run: Run, shelf: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Return what runs `dmn keys` on a store without any."""
     monkeypatch.setenv("DMN_STORE", shelf)
     monkeypatch.setenv("DMN_AUTH", "keys")
+    monkeypatch.setenv("DMN_STORE_TIMEOUT_MS", "60000")
     for one in run("keys", "list", "--json").json["keys"]:
         run("keys", "revoke", one["id"])
     return lambda *arguments: run("keys", *arguments)
