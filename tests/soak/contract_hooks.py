@@ -1,4 +1,4 @@
-"""What schemathesis is taught of this service (`tests.soak.contract`): what bodies are, and what no schema can say.
+"""What schemathesis is taught of this service (`test_contract.py`): what bodies are, and what no schema can say.
 
 It is loaded by schemathesis itself, as `SCHEMATHESIS_HOOKS` says.
 """
@@ -22,7 +22,7 @@ from schemathesis import Case, HookContext, Response
 from schemathesis.core.failures import AcceptedNegativeData, Failure
 from schemathesis.openapi.checks import AllowHeaderMismatch, RejectedPositiveData
 
-from tests.soak.contract import MEMORY, OWN_TENANT, TENANT, TEXT_CHARS
+from tests.soak.test_contract import MEMORY, OWN_TENANT, TENANT, TEXT_CHARS
 from tests.support.fakes import COLOURS, picture
 
 OWN = os.environ[OWN_TENANT]
