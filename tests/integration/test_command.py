@@ -20,6 +20,7 @@ MISSING = [package for package in PACKAGES if importlib.util.find_spec(package) 
 PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "pacs" / "photo"
 
 pytestmark = [
+    pytest.mark.timeout(300),  # two starts, whatever else the machine does
     pytest.mark.skipif(bool(MISSING), reason=f"lite needs packages that are not installed: {MISSING}"),
     pytest.mark.skipif(not lite.WEIGHTS.is_file(), reason=f"the weights {lite.WEIGHTS.name} are not made yet"),
     pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redis server is installed"),
