@@ -1,4 +1,4 @@
-"""Memories on a cluster of three primaries and three replicas, under load and while it is taken apart."""
+"""Memories on a cluster of three primaries and three replicas, and while it is taken apart."""
 
 from __future__ import annotations
 
@@ -33,12 +33,8 @@ from tests.soak.cluster import (
     CONFIG,
     NODE_TIMEOUT_MS,
     PATIENCE_S,
-    STRIKES,
-    TIMEOUT_S,
     Witness,
     create,
-    judge,
-    load,
     stamp_of,
     store_of,
     tenants_on,
@@ -47,10 +43,10 @@ from tests.support.fakes import COLOURS, picture
 from tests.support.house import Build, House
 from tests.support.servers import BINARIES, Cluster, Node, client_of, cluster
 
-pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
-
-SOON_S = 2 * TIMEOUT_S + 6 * NODE_TIMEOUT_MS / 1000
-"""Until the service goes on after a loss: a call may wait out its timeout twice, and a replica takes over in time."""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed"),
+]
 
 CLASSES = tuple(spec.id for spec in CONFIG.classes)
 FINGERPRINT = "made-with-this"
@@ -76,7 +72,7 @@ def whole(running: Cluster) -> Cluster:
 @pytest_asyncio.fixture(loop_scope="session")
 async def store(whole: Cluster) -> AsyncIterator[RedisStore]:
     """Yield a store on the cluster."""
-    own = store_of(whole)
+    own = store_of(whole, PATIENCE_S)
     yield own
     await own.aclose()
 
@@ -182,26 +178,6 @@ async def test_all_keys_of_a_tenant_lie_on_one_node_and_tenants_are_spread(whole
 # A slot that moves ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["move key by key", "move at once"])
-async def test_a_slot_that_moves_under_load_loses_nothing_acknowledged(whole: Cluster, way: str) -> None:
-    """What is left is exactly the best of what was sent, in the store and in every worker's copy."""
-    if way == "move at once" and not whole.moves_at_once():
-        pytest.skip("this server moves slots only key by key")
-    tenants = one_on_each(whole)
-    source = whole.owner(Keys(tenants[0]).config)
-    async with load(whole, tenants) as work:
-        await work.goes_on(tenants[0])
-        await STRIKES[way][0](whole, work, tenants[0])
-        await work.finish()
-        for tenant in tenants:
-            found = await judge(work, tenant, survived=True)
-            assert not found.broken, found
-            assert found.acknowledged > 0
-    assert whole.owner(Keys(tenants[0]).config) is not source
-    assert whole.keys_in(source, Keys(tenants[0]).config) == 0
-    assert all(not work.books[tenant].refused for tenant in tenants[1:]), "tenants of other slots were refused"
-
-
 @dataclass(kw_only=True)
 class Kept:
     """What a store has acknowledged, by the kind of call."""
@@ -283,38 +259,6 @@ async def test_every_call_on_a_half_moved_slot_is_done_whole_or_refused_with_a_t
     assert all([await store.recall(tenant, key) is not None for key in kept.answers])
 
 
-# A primary that is lost -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", ["kill primary", "hold primary"])
-async def test_the_loss_of_a_primary_costs_nothing_acknowledged_that_its_replica_had(whole: Cluster, loss: str) -> None:
-    """And nothing that was acknowledged after it; others' tenants lose nothing at all."""
-    tenants = one_on_each(whole)
-    primary = whole.owner(Keys(tenants[0]).config)
-    async with load(whole, tenants, witnessed=True, workers=1) as work:
-        await work.goes_on(tenants[0])
-        back_s = await STRIKES[loss][0](whole, work, tenants[0])
-        await work.finish()
-        assert back_s < SOON_S
-        for at, tenant in enumerate(tenants):
-            found = await judge(work, tenant, survived=at > 0)
-            assert not found.broken, found
-            assert found.replicated > 0
-    assert whole.owner(Keys(tenants[0]).config) is not primary
-
-
-async def test_no_worker_goes_on_believing_what_was_lost_with_a_primary(whole: Cluster) -> None:
-    """The replica that takes over has not heard of the last writes: workers that have must notice."""
-    tenant = one_on_each(whole)[0]
-    async with load(whole, [tenant], witnessed=True) as work:
-        await work.goes_on(tenant)
-        await STRIKES["kill ahead of replica"][0](whole, work, tenant)
-        await work.finish()
-        found = await judge(work, tenant, survived=False)
-    assert found.unsure > 0, "nothing was lost, so nothing was shown"
-    assert not found.broken, found
-
-
 # Over HTTP ------------------------------------------------------------------------------------------------------------
 
 
@@ -355,13 +299,12 @@ class Traffic:
             await self._note(answer.json(), began, witness)
         await witness.aclose()
 
-    async def back(self) -> float:
-        """Return after how many seconds a picture sent from now on was learned at once."""
+    async def back(self) -> None:
+        """Return once a picture sent from now on was learned at once."""
         now = time.monotonic()
         async with asyncio.timeout(PATIENCE_S):
             while not any(one.began > now and not one.pending for one in self.learned):  # noqa: ASYNC110 - HTTP
                 await asyncio.sleep(0.01)
-        return time.monotonic() - now
 
     def promised(self) -> set[str]:
         """Return the slots that have to be there now: what a replica had, what a living primary took, what waited."""
@@ -426,8 +369,7 @@ async def test_over_http_the_loss_of_a_primary_is_answered_and_costs_no_image_th
     tenants = one_on_each(whole, "shop")[:2]
     async with traffic(house, whole, tenants) as work:
         whole.owner(Keys(tenants[0]).config).kill()
-        back_s = await work[0].back()
-    assert back_s < SOON_S
+        await work[0].back()
     await house.rooms.desk.deliver()
     for one in work:
         assert one.promised() <= await held(store, one.tenant)
@@ -439,7 +381,7 @@ async def test_over_http_tenants_of_other_primaries_notice_nothing_of_a_loss(who
     """Where the cluster is set to serve the slots that it has."""
     for node in whole.nodes:
         node.call("CONFIG", "SET", "cluster-require-full-coverage", "no")
-    house = await build(store=whole.urls, sync_ms=0)
+    house = await build(store=whole.urls, sync_ms=0, store_timeout_ms=60_000)
     tenants = one_on_each(whole, "shop")[:2]
     async with traffic(house, whole, tenants) as work:
         whole.owner(Keys(tenants[0]).config).kill()
