@@ -277,11 +277,13 @@ async def test_a_change_whose_memory_another_replica_rescores_tells_of_no_job(co
     assert record.labelling != record.config.labelling
 
 
-async def test_a_change_that_labels_alike_needs_no_job(compass: Rooms) -> None:
+async def test_a_change_that_labels_alike_needs_no_job_and_keeps_purged_slots_barred(compass: Rooms) -> None:
     await adapt.put_tenant(compass, "zoo", angles("0", "90"))
-    await fill(compass, {"0": [("a", 5)]})
+    await fill(compass, {"0": [("a", 5), ("purged", 10)]})
+    await adapt.purge(compass, "zoo", "0", "purged")
     assert (await adapt.put_tenant(compass, "zoo", replace(angles("90", "0"), beta=1.0, slots=3))).job is None
     assert await compass.jobs.every("zoo") == []
+    assert (await stored(compass)).barred == {(class_id("0"), "purged")}
 
 
 async def test_a_slot_that_is_written_while_the_memory_is_thinned_out_is_not_lost(
