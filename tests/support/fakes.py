@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -24,11 +25,14 @@ COLOURS = {
 }
 
 
+DIM = 3 + 64 * 3
+
+
 class FakeEncoder:
     """Sees an 8 x 8 thumbnail, and knows the words for a few colours; deterministic, on the CPU."""
 
     name = "fake"
-    dim = 3 + 64 * 3
+    dim = DIM
     logit_scale = 20.0
     preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     device = torch.device("cpu")
@@ -48,15 +52,17 @@ class FakeEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         self.texts += len(texts)
-        return torch.stack([self._text(text) for text in texts]) if texts else torch.empty(0, self.dim)
+        return torch.stack([_text(text) for text in texts]) if texts else torch.empty(0, self.dim)
 
-    def _text(self, text: str) -> Tensor:
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        feature = 0.02 * torch.randn(self.dim, generator=torch.Generator().manual_seed(seed))
-        for word, colour in COLOURS.items():
-            if word in text:
-                feature[:3] += torch.tensor(colour) / 255 - 0.3
-        return unit(feature)
+
+@lru_cache(maxsize=4096)
+def _text(text: str) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+    feature = 0.02 * torch.randn(DIM, generator=torch.Generator().manual_seed(seed))
+    for word, colour in COLOURS.items():
+        if word in text:
+            feature[:3] += torch.tensor(colour) / 255 - 0.3
+    return unit(feature)
 
 
 class PacedEncoder(FakeEncoder):

@@ -28,7 +28,7 @@ from service.texts import TextFeatures
 from service.worker import Worker
 from tests.support.fakes import FakeEncoder
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SYNC_S = 0.2
 DIM = FakeEncoder.dim
 

@@ -99,7 +99,7 @@ class Watch:
         self.gate = Gate(self.shelf.find, clock=lambda: self.now, wall=lambda: self.wall, operator_key=OPERATOR_KEY)
 
     async def admit(self, key: str, scope: Scope = Scope.CLASSIFY) -> Caller:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.gate.admit([f"Bearer {key}"], scope)
 
     async def refusal(self, *authorization: str, scope: Scope = Scope.CLASSIFY) -> str:

@@ -18,7 +18,7 @@ from service.errors import DeadlineExceeded, Draining, Internal, InvalidRequest,
 from service.metrics import Lap, Metrics
 from service.worker import Worker
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 """How long anything may take that is no fault; a call that hangs fails its test by it."""
 
 GUILTY, HUGE = 13, 200

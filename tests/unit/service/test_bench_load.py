@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from io import BytesIO
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from service.bench import load
 from service.bench.load import Call, Client, Offered, arrivals, offer, saturate
 from service.bench.photos import photo
+from tests.support.clock import Clock
 
 Answer = Callable[[], Awaitable[tuple[int, str]]]
 
@@ -72,10 +76,10 @@ async def test_refusals_are_told_from_failures(status: int, refused: int, failed
 
 
 async def test_a_service_that_is_not_there_answers_nothing() -> None:
-    async with stub(always(200)) as (url, _):
-        pass
-    async with Client(url, "/classify", {}) as client:
-        assert await client.post(b"a") == 0
+    with closing(socket.socket()) as held:  # bound and not listening: nobody else gets the port
+        held.bind(("127.0.0.1", 0))
+        async with Client(f"http://127.0.0.1:{held.getsockname()[1]}", "/classify", {}) as client:
+            assert await client.post(b"a") == 0
 
 
 async def test_a_connection_that_the_service_closes_is_replaced() -> None:
@@ -84,11 +88,18 @@ async def test_a_connection_that_the_service_closes_is_replaced() -> None:
     assert bodies == [b"a", b"b"]
 
 
-async def test_clients_that_ask_again_at_once_are_all_counted() -> None:
-    async with stub(always(200)) as (url, bodies), Client(url, "/classify", {}) as client:
-        told = await saturate(client, [b"a"], clients=2, seconds=0.05)
+async def test_clients_that_ask_again_at_once_are_all_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=clock))
+
+    async def answer() -> tuple[int, str]:
+        clock.advance(0.1)
+        return 200, "keep-alive"
+
+    async with stub(answer) as (url, bodies), Client(url, "/classify", {}) as client:
+        told = await saturate(client, [b"a"], clients=2, seconds=1.0)
     assert told.failed == 0
-    assert len(told.latencies) == len(bodies) - 2
+    assert len(told.latencies) == len(bodies) - 2 >= 8
 
 
 def test_latency_counts_from_when_a_call_was_due_and_only_of_answers() -> None:

@@ -60,7 +60,7 @@ def test_an_embedded_store_is_run_measured_and_gone(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     told = store.measure(store.Problem(classes=3, slots=2, dim=8), repeats=1)
     assert told["megabytes"] == pytest.approx(3 * 2 * 8 * 2 / 1e6)
-    assert told["load_ms"] > told["store_ms"] > 0
+    assert min(told[name] for name in ("load_ms", "store_ms", "socket_ms", "copy_ms")) > 0
     assert [one["images"] for one in told["pushes"]] == list(store.GROUPS)
     assert all(one["bytes_up"] > 2 * 8 for one in told["pushes"])
     assert store.table(told).row_count == 10

@@ -20,7 +20,7 @@ from service.images import Heavy, ImageLimits, ImageUnreadable, decode, develop
 from tests.support.fakes import picture
 
 HOW = Preprocess(size=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 THREADS = 4
 SIDE = 64
 COST = 16 * SIDE * SIDE

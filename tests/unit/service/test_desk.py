@@ -40,7 +40,7 @@ from service.texts import TextFeatures
 from service.worker import Worker
 from tests.support.fakes import FakeEncoder
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 SYNC_S = 1.0
 NAMES = ("red", "green", "blue")
 DIM = FakeEncoder.dim

@@ -12,7 +12,7 @@ import pytest
 
 from service.hatch import Frame, Line, connect
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 SIZES = (0, 1, 11, 12, 13, 4096, 16_371, 16_384, 16_385, 100_000, 1_000_003)
 """Bytes of bodies around what is read at once and what is sent at once."""

@@ -13,7 +13,7 @@ import pytest
 from service.lifeline import Lifeline, Plan, plan_of
 from service.settings import Settings
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture

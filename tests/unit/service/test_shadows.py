@@ -8,7 +8,7 @@ import pytest
 
 from service.shadows import Glimpse, Shadows
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 
 
 def glimpse(tenant: str = "a", size: int = 100, digest: str = "") -> Glimpse:

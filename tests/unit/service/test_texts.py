@@ -18,7 +18,7 @@ DIM = 4
 ONE = DIM * 4
 """Bytes of one feature."""
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Tower:

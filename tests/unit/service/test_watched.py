@@ -16,7 +16,7 @@ from service.metrics import Metrics
 from service.stores.base import Conflict, MemoryStore, ReloadNeeded, Stamp
 from service.stores.watched import PAUSE_S, watched
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 STAMP = Stamp(epoch=1, version=2)
 
 

@@ -13,7 +13,7 @@ import torch
 from service.settings import Settings
 from service.worker import Worker, batch_on, choose_device
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 @pytest.fixture
