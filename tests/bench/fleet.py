@@ -7,11 +7,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +21,9 @@ import httpx
 
 from service.bench.photos import photo
 from tests.bench.null import CLASSES
+from tests.support.process import ROOT, until
+from tests.support.servers import HOST, free_ports
 
-ROOT = Path(__file__).parents[2]
-HOST = "127.0.0.1"
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 """What the system counts processor time in, in seconds."""
 
@@ -75,7 +73,7 @@ def peer(name: str, encoder: str, *arguments: str) -> Kind:
 @contextmanager
 def running(name: str, kind: Kind, *, cores: str, threads: int) -> Iterator[Server]:
     """Run a server on some cores, as `taskset -c` names them, with so many threads for torch; ends with the block."""
-    port = _free_port()
+    (port,) = free_ports(1)
     with TemporaryDirectory(prefix="dmn-bench-", ignore_cleanup_errors=True) as home:
         held = ["setpriv", "--pdeathsig", "TERM", "taskset", "-c", cores]  # it ends with us, however we end
         command = [*held, sys.executable, "-m", kind.module, *kind.arguments, "--port", str(port)]
@@ -208,14 +206,11 @@ def missing() -> str | None:
 
 
 def _until_ready(server: Server, path: str, log: Path) -> None:
-    ends = time.monotonic() + _PATIENCE_S
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(server.url + path, timeout=5).status_code == 200:
-                return
-        if server.process.poll() is not None or time.monotonic() > ends:
-            raise RuntimeError(f"{server.name} does not serve: {log.read_text(errors='replace')[-3000:]}")
-        time.sleep(0.1)
+    def ready() -> bool:
+        assert server.process.poll() is None, f"{server.name} ended: {log.read_text(errors='replace')[-3000:]}"
+        return httpx.get(server.url + path, timeout=5).status_code == 200
+
+    until(f"{server.name} serves", ready, _PATIENCE_S)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -226,9 +221,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(20)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
