@@ -15,6 +15,7 @@ from service.snapshots import bring_in
 from service.stores.base import TenantRecord
 from tests.support.fakes import FakeEncoder, picture
 from tests.unit.service.test_cli import Run, refused
+from tests.unit.service.test_cli import made_command as made_command  # noqa: PLC0414 - a fixture
 from tests.unit.service.test_cli import run as run  # noqa: PLC0414 - a fixture
 
 KINDS = {"kind a": "red", "kind b": "green", "kind c": "blue"}
