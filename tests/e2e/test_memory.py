@@ -18,8 +18,10 @@ pytestmark = pytest.mark.skipif(find_binary() is None, reason="no Valkey or Redi
 RED = picture("red", 1)
 
 
-def served(folder: Path, **environment: str) -> Command:
-    return Command("fake", "serve", "--port", "0", "--store", "embedded", DMN_DATA_DIR=str(folder), **environment)
+def served(folder: Path) -> Command:
+    return Command(
+        "fake", "serve", "--port", "0", "--store", "embedded", DMN_DATA_DIR=str(folder), DMN_DRAIN_DELAY_S="0"
+    )
 
 
 def client(url: str) -> httpx.Client:
@@ -46,9 +48,7 @@ def leave(command: Command) -> None:
 
 
 def test_a_service_with_nothing_configured_remembers_after_a_restart(tmp_path: Path) -> None:
-    with Command("fake", "serve", "--port", "0", DMN_STORE="", XDG_STATE_HOME=str(tmp_path)) as refused:
-        assert refused.ended() == 2  # an empty setting is none of the stores
-    state = {"XDG_STATE_HOME": str(tmp_path)}
+    state = {"XDG_STATE_HOME": str(tmp_path), "DMN_DRAIN_DELAY_S": "0"}
     for outcome in ("filled", "duplicate"):
         with Command("fake", "serve", "--port", "0", store=None, **state) as command:
             told = command.line(lambda line: "http://" in line)
@@ -70,9 +70,22 @@ def test_a_memory_is_moved_from_one_installation_to_another_by_two_commands(tmp_
             assert import_.ended() == 0, import_.err
             assert "The memory of default is now that of" in import_.out
         assert asked(new) == "duplicate"
+        _check_refusals(new, tmp_path)
         leave(one)
         leave(two)
     assert not list(tmp_path.glob("*.part"))
+
+
+def _check_refusals(url: str, folder: Path) -> None:
+    """Check that a file that is no memory, and a tenant that is none, are refused by the service, and said so."""
+    (folder / "no").write_bytes(b"no memory at all")
+    with Command("lite", "memory", "import", str(folder / "no"), "--url", url) as import_:
+        assert import_.ended() == 2
+        assert "The request is not valid" in "".join(import_.err)
+    with Command("lite", "memory", "export", str(folder / "x"), "--tenant", "nobody", "--url", url) as export:
+        assert export.ended() == 2
+        assert "There is no tenant 'nobody'" in "".join(export.err)
+    assert not (folder / "x").exists()
 
 
 @pytest.mark.parametrize(
@@ -92,17 +105,3 @@ def test_what_cannot_be_moved_is_one_clear_line(tmp_path: Path, arguments: tuple
         assert said in "".join(command.err)
         assert len(command.err) == 1
     assert (tmp_path / "there").read_bytes() == b"kept"
-
-
-def test_a_file_that_is_no_memory_is_refused_by_the_service_and_said_so(tmp_path: Path) -> None:
-    (tmp_path / "no").write_bytes(b"no memory at all")
-    with served(tmp_path / "data") as command:
-        url = command.url()
-        with Command("lite", "memory", "import", str(tmp_path / "no"), "--url", url) as import_:
-            assert import_.ended() == 2
-            assert "The request is not valid" in "".join(import_.err)
-        with Command("lite", "memory", "export", str(tmp_path / "x"), "--tenant", "nobody", "--url", url) as export:
-            assert export.ended() == 2
-            assert "There is no tenant 'nobody'" in "".join(export.err)
-        leave(command)
-    assert not (tmp_path / "x").exists()

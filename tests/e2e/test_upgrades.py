@@ -8,10 +8,9 @@ from typing import Any
 
 import httpx
 import pytest
-from redis import Redis
 
 from tests.support.fakes import picture
-from tests.support.process import PATIENCE_S, WITH_FAKE, Command
+from tests.support.process import PATIENCE_S, Command
 from tests.support.servers import BINARIES, server, until
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
@@ -40,7 +39,7 @@ def store() -> Iterator[str]:
 
 def served(store: str, **environment: str) -> Command:
     """Serve the encoder `fake`, and whatever else the environment says."""
-    return Command("fake", "serve", "--port", "0", store=store, script=NAMED, **environment)
+    return Command("fake", "serve", "--port", "0", store=store, script=NAMED, DMN_DRAIN_DELAY_S="0", **environment)
 
 
 def migrate(url: str, *options: str, status: int = 0) -> Any:
@@ -48,26 +47,6 @@ def migrate(url: str, *options: str, status: int = 0) -> Any:
     with Command("lite", "memory", "migrate", "--tenant", "shop", "--url", url, "--json", *options) as command:
         assert command.ended() == status, command.err
         return json.loads(command.out) if not status else "".join(command.err)
-
-
-def test_a_service_ends_at_once_on_a_store_of_another_major_format_and_says_why(store: str) -> None:
-    with Redis.from_url(store) as client:
-        client.set("dmn:format", "2")
-        with Command("fake", "serve", "--port", "0", store=store, script=WITH_FAKE) as command:
-            assert command.ended() == 2
-        said = [line for line in command.err if "dmn:" in line]
-        assert len(said) == 1
-        assert "The store is of format 2; this version reads 1. Nothing was changed." in said[0]
-        assert client.keys("*") == [b"dmn:format"]
-
-
-def test_several_processes_and_a_next_encoder_are_refused_in_one_sentence(store: str) -> None:
-    with Command(
-        "fake", "serve", "--port", "0", "--http-workers", "1", store=store, DMN_NEXT_ENCODER="other"
-    ) as command:
-        assert command.ended() == 2
-        assert len(command.err) == 1
-        assert "DMN_NEXT_ENCODER needs the service in one process" in command.err[0]
 
 
 def test_a_tenant_moves_to_the_next_encoder_and_back_and_then_that_encoder_is_served_alone(store: str) -> None:
