@@ -24,7 +24,7 @@ from core.errors import EncoderUnavailable
 from core.orders import KINDS
 from service import cli, locksmith, logs, serve
 from service.settings import Settings
-from tests.support.fakes import COLOURS, FakeEncoder, picture
+from tests.support.fakes import FakeEncoder, picture
 from tests.support.servers import BINARIES, server
 
 COMMANDS = ("serve", "classify", "evaluate", "train", "replay", "memory", "keys", "bench", "encoder", "config")
@@ -764,10 +764,6 @@ def test_a_broken_split_file_ends_with_2(run: Run, tmp_path: Path) -> None:
     (tmp_path / "dtd" / "images").mkdir(parents=True)
     (tmp_path / "dtd" / "split_zhou_DescribableTextures.json").write_bytes(b"\xff")
     assert "UTF-8" in refused(run("evaluate", "--paper", tmp_path, "--json"))
-
-
-def test_the_colours_of_these_tests_are_known_to_the_encoder() -> None:
-    assert {"red", "green", "blue"} <= set(COLOURS)
 
 
 # Keys -----------------------------------------------------------------------------------------------------------------
