@@ -1,20 +1,32 @@
-# make serve | test | check | bench | soak: each makes its virtual environment and installs what it needs.
+# make serve | test | test-slow | test-hard | check | bench | soak: each installs what it needs into one virtual environment.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test check bench soak clean
+# Two workers side by side; the tests of a file share state, so a file stays with one worker.
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+WORKERS ?= 2
+
+.PHONY: serve test test-slow test-hard check bench soak clean
 .DELETE_ON_ERROR:
 
 # Serve the `lite` encoder, or another: make serve ENCODER=ViT-B-16/openai ARGS="--port 9000"
 serve: $(VENV)/.serve
 	$(BIN)/dmn serve $(if $(ENCODER),--encoder '$(ENCODER)') $(ARGS)
 
-test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test
+	$(PYTEST) -m "not slow" --timeout 60 $(ARGS)
 
-check: $(VENV)/.dev
+# Real processes, servers and clusters, encoder exports, images, manifests; the laws of tests/property with more examples.
+test-slow: $(VENV)/.slow
+	$(PYTEST) -m slow --timeout 600 --hypothesis-profile laws-long $(ARGS)
+
+# The default tier again, three times in a row; beside two busy loops, twice; while its processes are stopped and continued.
+test-hard: $(VENV)/.slow
+	$(BIN)/python scripts/test_under_load.py
+
+check: $(VENV)/.check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -31,19 +43,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m tests.bench.bench_processes
 	$(BIN)/python -m tests.bench.bench_encoder
 
-# Long runs: workers that converge, processes that are killed, a cluster that loses nodes, one whose memories come and
-# go, one that is asked ten times what it can do, instances that are restarted in turn, one that is sent what no client
-# sends, and one that is asked for all that its document promises.
-soak: $(VENV)/.dev
-	$(BIN)/python tests/soak/convergence.py
-	$(BIN)/python tests/soak/kills.py
-	$(BIN)/python tests/soak/cluster.py
-	$(BIN)/python -m tests.soak.memory
-	$(BIN)/python -m tests.soak.overload
-	$(BIN)/python -m tests.soak.rolling
-	$(BIN)/python -m tests.soak.rolling --instances 3 --cluster
-	$(BIN)/python -m tests.soak.mutations
-	$(BIN)/python -m tests.soak.contract
+# Long runs: workers that converge, processes that are killed, a cluster that loses nodes, memories that come and go,
+# ten times the capacity asked for, instances restarted in turn, damaged requests, every promise of the OpenAPI document.
+soak: $(VENV)/.slow
+	$(BIN)/python -m pytest tests/soak --scale long --timeout 14400 -s $(ARGS)
 
 clean:
 	rm -rf $(VENV)
@@ -57,10 +60,18 @@ $(VENV)/.serve: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded]'
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,cpu,otel,dev]'
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,otel,test]'
 	@touch $@ $(VENV)/.serve
 
-$(VENV)/.bench: $(VENV)/.dev
+$(VENV)/.slow: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,otel,cpu,test,slow]'
+	@touch $@
+
+$(VENV)/.check: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,otel,cpu,test,lint]'
+	@touch $@ $(VENV)/.serve $(VENV)/.test
+
+$(VENV)/.bench: $(VENV)/.slow
 	$(BIN)/python -m pip install --quiet --editable '.[lite,embedded,bench]'
 	@touch $@

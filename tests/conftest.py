@@ -32,6 +32,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--scale", choices=("short", "long"), default="short", help="How long the runs of tests/soak are.")
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the slow folders alone where they are not asked for: they import what only the `slow` extra brings."""
+    return True if config.getoption("-m") == "not slow" and collection_path in SLOW_FOLDERS else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of the slow folders."""
     for item in items:
