@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -106,12 +106,16 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def open_rooms(
-    settings: Settings, encoder: Encoder | None = None, following: Encoder | None = None
+    settings: Settings,
+    encoder: Encoder | None = None,
+    following: Encoder | None = None,
+    *,
+    clock: Callable[[], float] | None = None,
 ) -> AsyncIterator[Rooms]:
     """Furnish the rooms, and take them down again: work in flight first, then the worker, then the store.
 
     Where the settings name a next encoder there are rooms of that one too, `Rooms.beside` these. The two encoders are
-    loaded if they are not given.
+    loaded if they are not given. `clock` is monotonic, in seconds; without one it is that of the machine.
 
     Raises:
         EncoderUnavailable: an encoder cannot be had.
@@ -130,7 +134,7 @@ async def open_rooms(
             if settings.next_encoder and following is None:
                 following = await worker.run(load_encoder, _of_next(settings), device)
             encoders += [] if following is None else [following]
-            rooms = _furnish(settings, encoders, (worker, reader), store, traces)
+            rooms = _furnish(settings, encoders, (worker, reader), store, traces, clock or time.monotonic)
             for own in encoders:
                 await worker.run(_warm_up, own)
             await adapt.ensure_default(rooms)
@@ -214,25 +218,30 @@ async def _leave(rooms: Rooms) -> None:
 
 
 def _furnish(
-    settings: Settings, encoders: Sequence[Encoder], threads: Threads, store: MemoryStore, traces: Spans | None
+    settings: Settings,
+    encoders: Sequence[Encoder],
+    threads: Threads,
+    store: MemoryStore,
+    traces: Spans | None,
+    clock: Callable[[], float],
 ) -> Rooms:
     """Return the rooms of the first encoder, with those of the next one, if there is one, beside them."""
     disable_created_metrics()  # a second series beside each counter, which nobody asks for
     first, metrics = encoders[0], Metrics(CollectorRegistry())
-    store = watched(store, metrics, time.monotonic, partial(_has_room, settings))
+    store = watched(store, metrics, clock, partial(_has_room, settings))
     metrics.build_info.labels(version(NAME), first.name, first.fingerprint[:12]).set(1)
     if len(encoders) == 1:
-        return _rooms(settings, first, threads, store, metrics, traces)
+        return _rooms(settings, first, threads, store, metrics, traces, clock)
     if first.fingerprint == encoders[1].fingerprint:
         raise ValueError("DMN_NEXT_ENCODER gives the same features as DMN_ENCODER: there is nothing to move.")
     own, others = divided(metrics, among=2)
     beside: list[Rooms] = []
     shadows = Shadows(max_bytes=settings.next_queue_bytes)
-    rooms = replace(_rooms(settings, first, threads, store, own, traces), beside=beside, shadows=shadows)
+    rooms = replace(_rooms(settings, first, threads, store, own, traces, clock), beside=beside, shadows=shadows)
     # What is one for the whole process stays one.
     shared = {name: getattr(rooms, name) for name in ("jobs", "quotas", "carrier", "dock", "tutor")}
     following = replace(
-        _rooms(_of_next(settings), encoders[1], threads, store, others, traces), beside=beside, **shared
+        _rooms(_of_next(settings), encoders[1], threads, store, others, traces, clock), beside=beside, **shared
     )
     beside += [rooms, following]
     return rooms
@@ -250,8 +259,9 @@ def _rooms(
     store: MemoryStore,
     metrics: Metrics,
     traces: Spans | None,
+    clock: Callable[[], float],
 ) -> Rooms:
-    (worker, reader), clock = threads, time.monotonic
+    worker, reader = threads
     batch_images, batch_s = batch_on(encoder.device, settings)
     limits = ImageLimits(
         max_bytes=settings.max_image_bytes, max_pixels=settings.max_image_pixels, formats=settings.image_formats

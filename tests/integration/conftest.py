@@ -60,7 +60,7 @@ async def build() -> AsyncIterator[Build]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def common() -> AsyncIterator[House]:
     """Return the house that tests share, one after the other; nothing happens in it but what a test asks for."""
-    async with opened(SoftEncoder(), housekeeping=False) as house:
+    async with opened(SoftEncoder()) as house:
         yield house
 
 

@@ -22,9 +22,8 @@ from service.shadows import Shadows
 from service.stores.base import StoredMemory
 from service.tenants import shadow_of
 from tests.support.fakes import picture
+from tests.support.house import CLASSES, PATIENCE_S, House, Json, SoftEncoder, opened, problem
 from tests.support.servers import BINARIES, server
-
-from .conftest import CLASSES, PATIENCE_S, House, Json, SoftEncoder, opened, problem
 
 OUTCOMES = ("learned", "late", "failed", "dropped")
 NOW, THEN = "fake", "turned"
@@ -78,7 +77,7 @@ def counts(house: House) -> dict[str, int]:
 
 async def reached(condition: Callable[[], bool]) -> None:
     """Return once something is so, which no event tells."""
-    async with asyncio.timeout(3 * PATIENCE_S):
+    async with asyncio.timeout(PATIENCE_S):
         while not condition():  # noqa: ASYNC110 - as said
             await asyncio.sleep(0.01)
 
@@ -111,7 +110,7 @@ async def job_of(house: House, tenant: str = "shop", **body: Any) -> Json:
     answer = await house.client.post("/admin/memory/migration", headers=who, json=body)
     assert answer.status_code == 202, answer.text
     job = dict(answer.json())
-    async with asyncio.timeout(12 * PATIENCE_S):
+    async with asyncio.timeout(PATIENCE_S):
         while job["state"] in {"queued", "running"}:
             await asyncio.sleep(0.01)
             job = (await house.client.get(f"/jobs/{job['id']}", headers=who)).json()

@@ -21,9 +21,8 @@ from service.stores.connection import connect
 from service.stores.redis import RedisStore
 from service.tenants import ClassSpec, TenantConfig
 from tests.support.fakes import picture
+from tests.support.house import House, Json, opened, problem
 from tests.support.servers import BINARIES, server
-
-from .conftest import House, Json, opened, problem
 
 pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
 

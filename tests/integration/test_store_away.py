@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from service.stores.watched import PAUSE_S
+from tests.support.clock import Clock
 from tests.support.fakes import picture
 from tests.support.house import Build, House, problem, until
 from tests.support.servers import BINARIES, PATIENCE_S, wait_until_listening
 
-pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed"),
+]
+
+MOMENT_S = 0.2
+"""How long a server that hangs is waited for."""
 
 REDS = [picture("red", seed) for seed in range(12)]
 
@@ -58,10 +67,42 @@ def server(tmp_path: Path) -> Iterator[Server]:
     own.process.wait(PATIENCE_S)
 
 
-async def opened(build: Build, server: Server, **settings: object) -> House:
-    house = await build(**({"store": server.url, "store_timeout_ms": 300, "sync_ms": 0} | settings))
+@dataclass(frozen=True, kw_only=True)
+class Away:
+    """A house on a server that may hang or die; the house's clock stands still until the store is to be asked again."""
+
+    house: House
+    server: Server
+    clock: Clock
+
+    def hang(self) -> None:
+        """Stop the server; a call to it takes no longer than a moment from now on."""
+        self._wait_for_answers(MOMENT_S)
+        self.server.hang()
+
+    def die(self) -> None:
+        """Kill the server."""
+        self.server.die()
+
+    def come_back(self) -> None:
+        """Let the server go on or start it again, and let the pause end in which it is not asked."""
+        self._wait_for_answers(PATIENCE_S)
+        if self.server.process.poll() is None:
+            self.server.go_on()
+        else:
+            self.server.start()
+        self.clock.advance(PAUSE_S)
+
+    def _wait_for_answers(self, seconds: float) -> None:
+        """Set how long a call waits for the server: a server that is there has any time."""
+        self.house.rooms.store._store._client.patience_s = seconds  # type: ignore[attr-defined]
+
+
+async def opened(build: Build, server: Server, **settings: Any) -> Away:
+    clock = Clock()
+    house = await build(**({"store": server.url, "sync_ms": 0, "clock": clock} | settings))
     assert (await house.put(slots=20)).status_code in (200, 201)
-    return house
+    return Away(house=house, server=server, clock=clock)
 
 
 async def ready(house: House) -> tuple[int, bool]:
@@ -69,25 +110,19 @@ async def ready(house: House) -> tuple[int, bool]:
     return answer.status_code, answer.json()["checks"]["store"]["ok"]
 
 
-async def back(house: House) -> None:
-    """Wait until the service has noticed that its store is back: it leaves it alone for a second."""
-    async with asyncio.timeout(PATIENCE_S):
-        while not (await ready(house))[1]:  # noqa: ASYNC110 - a server that goes on tells nobody
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("fault", ["hang", "die"])
 async def test_answers_go_on_from_the_hot_memory_and_are_learned_when_the_store_is_back(
     build: Build, server: Server, fault: str
 ) -> None:
-    house = await opened(build, server)
+    away = await opened(build, server, housekeeping=True)
+    house = away.house
     assert await house.outcomes(REDS[0]) == ["filled"]
-    getattr(server, fault)()
+    getattr(away, fault)()
     answer = (await house.classify(*REDS[1:4])).json()
     assert [one["learned"]["outcome"] for one in answer["predictions"]] == ["pending"] * 3
     assert answer["memory"]["state"] == "stale"
     assert {one["label"] for one in answer["predictions"]} == {"red"}
-    server.go_on() if fault == "hang" else server.start()
+    away.come_back()
     await until(lambda: house.rooms.desk.pending == 0)
     slots = {slot["slot"] for slot in await house.slots("red")}
     assert slots >= {one["learned"]["slot"] for one in answer["predictions"]}
@@ -99,106 +134,113 @@ async def test_answers_go_on_from_the_hot_memory_and_are_learned_when_the_store_
 async def test_where_stale_answers_are_not_wanted_calls_are_refused_until_the_store_is_back(
     build: Build, server: Server
 ) -> None:
-    house = await opened(build, server, store_down="refuse")
+    away = await opened(build, server, store_down="refuse")
+    house = away.house
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     assert problem(await house.classify(REDS[1]), "store-down")["retry_after"]
     assert await ready(house) == (503, False)
-    server.go_on()
-    await back(house)
+    away.come_back()
     assert await house.outcomes(REDS[1]) == ["filled"]
 
 
 async def test_a_tenant_that_nobody_has_asked_for_lately_has_to_wait_for_the_store(
     build: Build, server: Server
 ) -> None:
-    house = await opened(build, server)
+    away = await opened(build, server)
+    house = away.house
     await house.put("cold")
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     assert problem(await house.classify(REDS[1], tenant="cold"), "store-down")["retry_after"]
     assert await house.outcomes(REDS[1]) == ["pending"]
-    server.go_on()
+    away.come_back()
 
 
 async def test_readiness_tells_the_truth_while_answers_go_on(build: Build, server: Server) -> None:
-    house = await opened(build, server)
+    away = await opened(build, server)
+    house = away.house
     await house.predictions(REDS[0])
     assert await ready(house) == (200, True)
-    server.hang()
+    away.hang()
     assert await ready(house) == (200, False)
     house.rooms.archive.drop("default")
     assert await ready(house) == (503, False)
-    server.go_on()
+    away.come_back()
 
 
 async def test_what_changes_a_memory_is_refused_and_told_when_to_come_back(build: Build, server: Server) -> None:
-    house = await opened(build, server)
+    away = await opened(build, server)
+    house = away.house
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     reset = await house.client.post("/admin/memory/reset", json={"scope": "all"})
     for answer in (await house.upload("red", REDS[1]), reset, await house.put(), await house.client.get("/memory")):
         assert problem(answer, "store-down")["retry_after"]
-    server.go_on()
-    await back(house)
+    away.come_back()
     assert len(await house.slots("red")) == 1
     assert await house.shots() == []
 
 
 async def test_a_store_that_hangs_is_waited_for_once_and_not_by_every_call(build: Build, server: Server) -> None:
-    house = await opened(build, server, store_timeout_ms=300)
+    away = await opened(build, server)
+    house = away.house
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     await house.predictions(REDS[1])
     asked = await house.metrics()
     assert await house.outcomes(*REDS[2:6]) == ["pending"] * 4
     told = await house.metrics()
     errors = [name for name in told if name.startswith("dmn_store_errors_total")]
     assert sum(told[name] for name in errors) == sum(asked.get(name, 0.0) for name in errors)
-    server.go_on()
+    away.come_back()
 
 
 async def test_what_no_longer_fits_among_the_writes_that_wait_is_counted(build: Build, server: Server) -> None:
-    house = await opened(build, server, pending_images=2)
+    away = await opened(build, server, pending_images=2)
+    house = away.house
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     assert await house.outcomes(*REDS[1:5]) == ["pending", "pending", "skipped", "skipped"]
     assert (await house.metrics())['dmn_memory_updates_total{outcome="lost"}'] == 2
-    server.go_on()
-    await until(lambda: house.rooms.desk.pending == 0)
+    away.come_back()
+    await house.rooms.desk.deliver()
+    assert house.rooms.desk.pending == 0
     assert len(await house.slots("red")) == 3
 
 
 async def test_what_waits_for_a_memory_that_was_reset_meanwhile_is_given_up(build: Build, server: Server) -> None:
-    house = await opened(build, server)
+    away = await opened(build, server)
+    house = away.house
     other = await build(store=server.url)
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     assert await house.outcomes(*REDS[1:3]) == ["pending"] * 2
-    server.go_on()
-    await back(other)
+    away.come_back()
     await other.reset("all")
-    await until(lambda: house.rooms.desk.pending == 0)
+    await house.rooms.desk.deliver()
+    assert house.rooms.desk.pending == 0
     assert await house.slots("red") == []
     assert (await house.metrics())['dmn_memory_updates_total{outcome="lost"}'] == 2
 
 
 async def test_a_call_with_an_idempotency_key_goes_on_too(build: Build, server: Server) -> None:
-    house = await opened(build, server)
+    away = await opened(build, server)
+    house = away.house
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     answer = await house.classify(REDS[1], headers={"Idempotency-Key": "one"})
     assert answer.json()["predictions"][0]["learned"]["outcome"] == "pending"
-    server.go_on()
+    away.come_back()
 
 
 async def test_a_service_that_stops_delivers_what_waits_first(build: Build, server: Server) -> None:
-    house, other = await opened(build, server), await build(store=server.url)
+    away, other = await opened(build, server), await build(store=server.url)
+    house = away.house
     await house.predictions(REDS[0])
-    server.hang()
+    away.hang()
     assert await house.outcomes(REDS[1]) == ["pending"]
-    server.go_on()
-    await back(house)
+    away.come_back()
     await house.rooms.desk.drain()
     assert house.rooms.desk.pending == 0
     assert len(await other.slots("red")) == 2
