@@ -1,4 +1,4 @@
-"""The real command with the method `auto`, and what it came to on real streams of features."""
+"""`dmn replay` with the method `auto`, and what it came to on real streams of features."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from tests.support.process import ROOT, Command
+from service import cli
+from tests.support.process import ROOT
 
 STREAMS = ROOT.parent / "shared" / "data" / "streams"
 N, C, D = 90, 4, 12
@@ -28,9 +30,9 @@ def stream(tmp_path: Path) -> Path:
 
 
 def replayed(*arguments: object) -> Any:
-    with Command("lite", "replay", *map(str, arguments), "--json") as command:
-        assert command.ended() == 0, "".join(command.err)
-        return json.loads(command.out)
+    result = CliRunner().invoke(cli.app, ["replay", *map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
 
 
 def test_a_replay_with_auto_tells_of_the_branch_of_statistics(stream: Path, tmp_path: Path) -> None:
@@ -65,12 +67,13 @@ def test_without_shots_auto_keeps_the_memory_of_dmn(stream: Path, tmp_path: Path
 
 
 def test_a_method_that_is_none_is_refused_with_status_2(stream: Path) -> None:
-    with Command("lite", "replay", str(stream), "--method", "best") as command:
-        assert command.ended() == 2
-        assert "'dmn'" in "".join(command.err)
-        assert command.out == ""
+    result = CliRunner().invoke(cli.app, ["replay", str(stream), "--method", "best"])
+    assert result.exit_code == 2
+    assert "'dmn'" in result.stderr
+    assert result.stdout == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gain"), [("dtd", 5.0), ("oxford_pets_subset", 2.0)])
 def test_real_streams_gain_and_stay_calibrated(name: str, gain: float) -> None:
     path = STREAMS / f"{name}.npz"
