@@ -62,11 +62,12 @@ class Options:
     seconds: float = 0.0
     rate: float = 30.0
     tenants: int = 4
+    renewed: float = 0.2
     seed: int = 0
     warm_s: float = inf
 
 
-LONG = Options(seconds=90.0, rate=50.0, tenants=10, warm_s=10.0)
+LONG = Options(seconds=90.0, rate=50.0, tenants=10, renewed=0.04, warm_s=10.0)
 OPTIONS = {
     ("short", "one store"): Options(by="connection"),
     ("short", "cluster"): Options(on_cluster=True),
@@ -239,7 +240,9 @@ async def run(options: Options) -> Report:
         for instance in instances:
             await _until(f"{instance.name} is ready", instance.is_ready)
         with proxy({one.name: one.port for one in instances}, options.by) as before:
-            traffic = Traffic(before.url, tenants=options.tenants, rate=options.rate, seed=options.seed)
+            traffic = Traffic(
+                before.url, tenants=options.tenants, rate=options.rate, renewed=options.renewed, seed=options.seed
+            )
             await traffic.prepare()
             own = Run(report, instances, before, traffic)
             await own.rounds()

@@ -26,9 +26,6 @@ KINDS = {"classify": 70, "shot": 12, "read": 13, "make": 5}
 
 _CLIENTS = 16
 _PATIENCE_S = 60.0
-_RENEWED = 0.04
-"""Share of the calls after which a client leaves its connection, as pools do."""
-
 _MOST = 1000
 
 
@@ -41,13 +38,15 @@ class Answered:
 
 
 class Traffic:
-    """Calls from when it is started until it is stopped. Tenants have `dmn` and shots, or `auto` and none, in turns.
+    """Calls from when it is started until it is stopped. After a share `renewed` a client leaves its connection.
+
+    Tenants have `dmn` and shots, or `auto` and none, in turns.
 
     Shots change how `auto` labels: what it said of a picture before would not hold afterwards.
     """
 
-    def __init__(self, url: str, *, tenants: int, rate: float, seed: int) -> None:
-        self._url, self._rate, self._random = url, rate, Random(seed)
+    def __init__(self, url: str, *, tenants: int, rate: float, renewed: float, seed: int) -> None:
+        self._url, self._rate, self._renewed, self._random = url, rate, renewed, Random(seed)
         names = [f"tenant-{at}" for at in range(tenants)]
         self.methods = {name: ("dmn", "auto")[at % 2] for at, name in enumerate(names)}
         self.ledgers = {name: Ledger(name, SLOTS) for name in names}
@@ -136,7 +135,7 @@ class Traffic:
         self, own: httpx.AsyncClient, kind: str, method: str, path: str, **how: Any
     ) -> httpx.Response | None:
         """Return an answer; None for one that is a fault."""
-        headers = how.pop("headers", {}) | ({"Connection": "close"} if self._random.random() < _RENEWED else {})
+        headers = how.pop("headers", {}) | ({"Connection": "close"} if self._random.random() < self._renewed else {})
         self.calls[kind] += 1
         began = time.monotonic()
         try:
