@@ -77,7 +77,7 @@ def stopped_at_random(pid: int) -> Iterator[None]:
 def _stop_again_and_again(pid: int, over: threading.Event) -> None:
     random = Random(0)
     while not over.wait(random.uniform(0.5, 1.5) * STOP_EVERY_S):
-        processes = [pid, *descendants(pid)]
+        processes = [process for process in (pid, *descendants(pid)) if not stopped(process)]
         for process in processes:
             _send(process, signal.SIGSTOP)
         began = time.monotonic()
@@ -89,6 +89,13 @@ def _stop_again_and_again(pid: int, over: threading.Event) -> None:
 def _send(process: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, number)
+
+
+def stopped(pid: int) -> bool:
+    """Return whether a process is stopped already, as one is whose test stops it, or is gone."""
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+    return True
 
 
 def descendants(pid: int) -> list[int]:
