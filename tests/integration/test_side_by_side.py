@@ -24,7 +24,10 @@ from tests.support.fakes import picture
 from tests.support.house import House, Json, opened, problem
 from tests.support.servers import BINARIES, server
 
-pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or Redis server is installed"),
+]
 
 FROZEN = sorted((Path(__file__).parents[1] / "golden/stores").glob("*.json"))
 NEW = {"red": 200, "green": 201, "blue": 202}
@@ -139,7 +142,7 @@ async def test_a_store_of_another_major_format_is_refused_at_the_start_and_left_
     await shared.client.set("dmn:format", "2")
     before = {key: await shared.client.type(key) for key in await shared.client.keys("*")}
     with pytest.raises(FingerprintMismatch, match="The store is of format 2; this version reads 1") as refused:
-        async with open_rooms(Settings(store=shared.url), SmallEncoder()):
+        async with open_rooms(Settings(store=shared.url, store_timeout_ms=60_000), SmallEncoder()):
             pass
     assert "\n" not in str(refused.value)
     assert {key: await shared.client.type(key) for key in await shared.client.keys("*")} == before
@@ -149,7 +152,7 @@ async def test_shots_that_a_release_added_without_counting_them_are_counted_when
     shared: Shared,
 ) -> None:
     """Releases before `auto` keep no hash of the shots; with `auto` it decides whether slots are scored anew."""
-    store = RedisStore(connect(shared.url, timeout_s=5.0), clock=lambda: 0.0, remember_s=1.0, remember_bytes=1)
+    store = RedisStore(connect(shared.url, timeout_s=60.0), clock=lambda: 0.0, remember_s=1.0, remember_bytes=1)
     config = TenantConfig(classes=(ClassSpec(name="red"),), method="dmn")
     stamp = await store.replace("old", config, "f", expected=None, labelling="", origin={})
     shots = [StoredShot(id=id_, class_id=config.classes[0].id, feature=b"1") for id_ in ("1", "2")]

@@ -25,14 +25,11 @@ COLOURS = {
 }
 
 
-DIM = 3 + 64 * 3
-
-
 class FakeEncoder:
     """Sees an 8 x 8 thumbnail, and knows the words for a few colours; deterministic, on the CPU."""
 
     name = "fake"
-    dim = DIM
+    dim = 3 + 64 * 3
     logit_scale = 20.0
     preprocess = Preprocess(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     device = torch.device("cpu")
@@ -52,13 +49,13 @@ class FakeEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         self.texts += len(texts)
-        return torch.stack([_text(text) for text in texts]) if texts else torch.empty(0, self.dim)
+        return torch.stack([_text(text, self.dim) for text in texts]) if texts else torch.empty(0, self.dim)
 
 
 @lru_cache(maxsize=4096)
-def _text(text: str) -> Tensor:
+def _text(text: str, dim: int) -> Tensor:
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-    feature = 0.02 * torch.randn(DIM, generator=torch.Generator().manual_seed(seed))
+    feature = 0.02 * torch.randn(dim, generator=torch.Generator().manual_seed(seed))
     for word, colour in COLOURS.items():
         if word in text:
             feature[:3] += torch.tensor(colour) / 255 - 0.3
