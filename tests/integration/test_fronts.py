@@ -33,7 +33,18 @@ from service.settings import Settings
 from service.stores.base import StoredKey
 from service.stores.memory import InProcessStore
 from tests.support.fakes import FakeEncoder, picture
-from tests.support.house import PATIENCE_S, GatedEncoder, House, RawCall, SoftEncoder, problem, soon, until
+from tests.support.house import (
+    PATIENCE_S,
+    UNHURRIED,
+    GatedEncoder,
+    House,
+    RawCall,
+    SoftEncoder,
+    problem,
+    soon,
+    until,
+)
+from tests.support.replicas import without_housekeeper
 
 RED, GREEN, BLUE = (picture(name, 1) for name in ("red", "green", "blue"))
 PNG = [(b"content-type", b"image/png")]
@@ -74,10 +85,11 @@ class Street:
 async def street(*encoders: SoftEncoder, **more: Any) -> AsyncIterator[Street]:
     """Open a front and a back for each encoder, each with memories of its own, which shows who answered."""
     given = {"decode_workers": 2, "store": "memory", "http_workers": 1, "drain_timeout_s": 0.01}
-    settings = Settings(**(given | more))
+    settings = Settings(**(given | UNHURRIED | more))
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dmn-")))
-        backs = [await stack.enter_async_context(open_rooms(settings, encoder)) for encoder in encoders]
+        with without_housekeeper():
+            backs = [await stack.enter_async_context(open_rooms(settings, encoder)) for encoder in encoders]
         paths = [str(folder / str(i)) for i in range(len(backs))]
         shown = CollectorRegistry()
         front = Front(settings, paths, Metrics(shown), shown)
