@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
-from tests.soak.cluster import TIMEOUT_S, judge, load
+from tests.soak.cluster import judge, load
 from tests.support.servers import BINARIES, HOST, PATIENCE_S, SERVICE, Guarded, sentinel
 
 DOWN_AFTER_MS = 1000
-SOON_S = 2 * TIMEOUT_S + 10 * DOWN_AFTER_MS / 1000
-"""Until the service goes on after a loss: a call may wait out its timeout twice, and the Sentinels agree in time."""
 
 KINDS = [kind for kind, binary in BINARIES.items() if binary is not None]
-pytestmark = pytest.mark.skipif(not KINDS, reason="no Valkey or Redis server is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not KINDS, reason="no Valkey or Redis server is installed"),
+]
 
 
 @pytest.fixture(params=KINDS)
@@ -47,17 +47,14 @@ async def test_after_a_failover_writes_go_on_at_the_new_primary_and_nothing_that
         await heard.subscribe("+switch-master")
         await work.goes_on("zoo")
         old, (new,) = guarded.owner(), guarded.servers[1:]
-        began = time.monotonic()
         getattr(old, loss)()
         assert await failed_over(heard) == new.port
         await work.goes_on("zoo")
-        back_s = work.books["zoo"].back_after(began)
         await work.finish()
         found = await judge(work, "zoo", survived=False)
         assert guarded.owner() is new
     assert not found.broken, found
     assert found.replicated > 0
-    assert back_s < SOON_S
 
 
 async def test_a_store_finds_the_primary_as_long_as_one_sentinel_is_left(guarded: Guarded) -> None:
