@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -174,13 +173,14 @@ def image(tmp_path_factory: pytest.TempPathFactory, house: Path, weights: Path) 
     """Return the image for CPUs as the lines of the Dockerfile make it.
 
     The line that bakes weights in finds them where it would fetch them to: a volume here, and so none are baked in.
+    Nothing is compiled ahead, which takes longer than all else and changes nothing that is looked at.
     """
     builder = Builder(
         DOCKERFILE,
         ROOT,
         tmp_path_factory.mktemp("image"),
         args={"WEIGHTS": "baked"},
-        env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/house"},
+        env={"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/house", "PIP_COMPILE": "0"},
         volumes={"/house": (house, "ro"), "/weights": (weights, "rw"), **torch_here()},
     )
     return builder.build()
@@ -200,8 +200,7 @@ class Container:
     """An image that runs, with the volumes that the Dockerfile speaks of."""
 
     def __init__(self, image: Image, folder: Path, weights: Path | None, **settings: str) -> None:
-        self.port = free_port()
-        self.env = {"DMN_PORT": str(self.port), "DMN_HOST": "127.0.0.1", "DMN_OPERATOR_KEY": KEY, **settings}
+        self.env = {"DMN_PORT": "0", "DMN_HOST": "127.0.0.1", "DMN_OPERATOR_KEY": KEY, **settings}
         self._mounts = dict(torch_here())
         for name in ("data", "cache"):
             (folder / name).mkdir()
@@ -224,24 +223,43 @@ class Container:
     def client(self) -> httpx.Client:
         """Return a client of it, with the operator's key."""
         key = {"Authorization": f"Bearer {KEY}"}
-        return httpx.Client(base_url=f"http://127.0.0.1:{self.port}", headers=key, timeout=PATIENCE_S, trust_env=False)
+        url = f"http://127.0.0.1:{self.env['DMN_PORT']}"
+        return httpx.Client(base_url=url, headers=key, timeout=PATIENCE_S, trust_env=False)
 
+    def until_it_serves(self, process: subprocess.Popen[str]) -> str:
+        """Return the line with which it says that it serves; from then on its port is known here, too."""
+        assert process.stdout is not None
+        told = []
+        for line in process.stdout:
+            told.append(line)
+            if url := URL.search(line):
+                self.env["DMN_PORT"] = url[0].rpartition(":")[2]
+                return line
+        raise AssertionError("".join(told))
 
-def free_port() -> int:
-    """Return a port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as own:
-        return int(own.getsockname()[1])
+    def told_to_stop(self, *, reading: bool) -> tuple[int, str] | None:
+        """Run it and tell it to stop again and again, from the start or while it reads its weights.
 
-
-def until_it_serves(process: subprocess.Popen[str]) -> list[str]:
-    """Return what it said before it served, and that it does."""
-    assert process.stdout is not None
-    told = []
-    for line in process.stdout:
-        told.append(line)
-        if URL.search(line):
-            return told
-    raise AssertionError("".join(told))
+        Return how it ended and what it said, or None if it served before it was told: this process was held up.
+        """
+        with self.running() as process:
+            assert process.stdout is not None
+            os.set_blocking(process.stdout.fileno(), False)
+            ends, told, signalled = time.monotonic() + PATIENCE_S, b"", False
+            while process.poll() is None:
+                assert time.monotonic() < ends
+                with contextlib.suppress(LookupError, OSError):
+                    pid = first(process)
+                    if not reading or ".safetensors" in Path(f"/proc/{pid}/maps").read_text():
+                        os.kill(pid, signal.SIGTERM)
+                        signalled = True
+                with contextlib.suppress(BlockingIOError):
+                    told += os.read(process.stdout.fileno(), 1 << 16)
+                if URL.search(told.decode()) and not signalled:
+                    return None
+                time.sleep(0.02)  # no event tells how far another process is; bounded above
+            os.set_blocking(process.stdout.fileno(), True)
+            return process.returncode, told.decode() + process.stdout.read()
 
 
 @with_root
@@ -250,8 +268,7 @@ def test_what_the_lines_make_serves_clip_as_nobody_on_a_root_that_cannot_be_writ
 ) -> None:
     own = Container(image, tmp_path, weights)
     with own.running() as process:
-        (line,) = (line for line in until_it_serves(process) if URL.search(line))
-        assert "dmn serves ViT-B-16/openai" in line
+        assert "dmn serves ViT-B-16/openai" in own.until_it_serves(process)
         status = Path(f"/proc/{first(process)}/status").read_text()
         assert re.search(r"^Uid:(\t10001){4}$", status, re.MULTILINE)
         assert re.search(r"^CapBnd:\t0+$", status, re.MULTILINE)
@@ -302,20 +319,10 @@ def test_weights_that_only_somebody_else_may_read_are_said_in_one_line(image: Im
 def test_told_to_stop_before_it_serves_it_ends_although_it_is_process_1(
     image: Image, weights: Path, tmp_path: Path, *, reading: bool
 ) -> None:
-    """It is told again and again, from the start or while it reads its weights: process 1 may not listen yet."""
+    """Process 1 may not listen to signals yet."""
     own = Container(image, tmp_path, weights)
-    with own.running() as process:
-        ends = time.monotonic() + PATIENCE_S
-        while process.poll() is None:
-            assert time.monotonic() < ends
-            with contextlib.suppress(LookupError, OSError):
-                pid = first(process)
-                if not reading or ".safetensors" in Path(f"/proc/{pid}/maps").read_text():
-                    os.kill(pid, signal.SIGTERM)
-            time.sleep(0.05)  # no event tells how far another process is; bounded above
-        assert process.stdout is not None
-        told = process.stdout.read()
-    assert process.returncode == 128 + signal.SIGTERM, told
+    status, told = next(filter(None, (own.told_to_stop(reading=reading) for _ in range(5))))
+    assert status == 128 + signal.SIGTERM, told
     assert not URL.search(told)
     assert "Traceback" not in told
 
