@@ -16,6 +16,7 @@ from torch import Tensor
 from core.codec import decode_features
 from core.encoder import Encoder
 from service import adapt
+from service import moving as service_moving
 from service.errors import FingerprintMismatch
 from service.images import ImageLimits, develop
 from service.shadows import Shadows
@@ -62,7 +63,7 @@ async def house() -> AsyncIterator[House]:
         yield one
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("valkey", marks=pytest.mark.slow)])
 def redis() -> Iterator[str]:
     if BINARIES["valkey"] is None:
         pytest.skip("no Valkey or Redis server is installed")
@@ -455,12 +456,11 @@ async def test_a_configuration_that_comes_a_moment_too_late_empties_nothing(hous
 
 
 async def test_a_service_without_the_next_encoder_refuses_a_switched_tenant(redis: str) -> None:
-    async with moving(redis) as house, opened(SoftEncoder(), store=redis) as older:
+    async with moving(redis) as house, opened(SoftEncoder(), store=redis, sync_ms=0) as older:
         await house.put("shop", retention="images")
         await teach(house, 3)
         assert (await older.classify(ASKED[0], tenant="shop")).status_code == 200
         await switched(house)
-        await asyncio.sleep(house.rooms.settings.sync_ms / 1000)  # as long as it may not have heard of it
         answer = await older.classify(ASKED[0], tenant="shop")
         problem(answer, "fingerprint-mismatch")
         assert slot_ids(await stored(house)) == slot_ids(await stored(older))
@@ -539,7 +539,8 @@ async def test_no_call_fails_and_nothing_mixes_when_a_tenant_is_switched_there_a
         assert made_by(await stored(one), SoftEncoder(), pictures)
 
 
-async def test_no_shot_that_was_uploaded_across_the_switch_is_lost(redis: str) -> None:
+async def test_no_shot_that_was_uploaded_across_the_switch_is_lost(redis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_moving, "_TRIES", 10_000)  # until it once finds the shots as it has just read them
     async with moving(redis) as one, moving(redis) as two:
         await one.put("shop", retention="images", method="dmn")
         await one.upload("red", picture("red", 70), tenant="shop")
@@ -553,7 +554,7 @@ async def test_no_shot_that_was_uploaded_across_the_switch_is_lost(redis: str) -
                 else:
                     refused.append(answer.text)
                 seed += 1
-                await asyncio.sleep(0.2)  # a switch that never finds the shots as it has just read them gives up
+                await asyncio.sleep(0.05)
 
         sending = [asyncio.create_task(upload(house, 1000 * at)) for at, house in enumerate((one, two), 1)]
         await reached(lambda: len(ids) >= 4)
