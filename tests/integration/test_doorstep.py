@@ -17,7 +17,7 @@ from service.app import create_app
 from service.door import Door
 from service.settings import Settings
 from tests.support.fakes import picture
-from tests.support.house import PATIENCE_S, House, opened, until
+from tests.support.house import PATIENCE_S, UNHURRIED, House, opened, until
 from tests.support.house import SoftEncoder as Encoder
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -39,8 +39,13 @@ class Visit:
         return Line(reader=reader, writer=writer)
 
     def pass_time(self, seconds: float) -> None:
-        """Look at the doorstep as if so much time had passed."""
+        """Look at the doorstep as if at least so much time had passed."""
         self.door._step.sweep(asyncio.get_running_loop().time() + seconds)
+
+    def pass_time_until(self, before_s: float) -> None:
+        """Look at the doorstep as if it were so many seconds before the only caller's time is up."""
+        (one,) = self.door._step.callers
+        self.door._step.sweep(one.due - before_s)
 
     async def stand(self, callers: int) -> None:
         """Wait until so many are at the door."""
@@ -80,13 +85,19 @@ class Line:
                 return b""
 
 
+async def _no_last_words(_: float) -> None:
+    """Close the door at once: nobody is about to say anything."""
+
+
 @asynccontextmanager
 async def at_door(app: Callable[..., Any] | None = None, **settings: Any) -> AsyncIterator[Visit]:
     async with AsyncExitStack() as stack:
         house = await stack.enter_async_context(opened(Encoder(), **settings))
         await house.put()
-        whole = Settings(port=0, store="memory", **settings)
-        door = Door(app or create_app(whole, house.rooms), whole, house.rooms.batcher, lambda _: None)
+        whole = Settings(**({"port": 0, "store": "memory"} | UNHURRIED | settings))
+        door = Door(
+            app or create_app(whole, house.rooms), whole, house.rooms.batcher, lambda _: None, sleep=_no_last_words
+        )
         door.config.load()
         door.lifespan = door.config.lifespan_class(door.config)
         await door.startup()
@@ -116,8 +127,8 @@ async def test_a_head_that_does_not_end_is_given_up_and_the_caller_is_told(half:
         line = await visit.call()
         await line.say(half)
         await until(lambda: any(one._beside for one in visit.door._step.callers))
-        visit.pass_time(9.0)
-        visit.pass_time(10.5)
+        visit.pass_time_until(1.0)
+        visit.pass_time(11.0)
         status, headers, body = await line.answer()
         assert (status, headers["connection"], json.loads(body)["status"]) == (408, "close", 408)
         assert await line.over() == b""
@@ -144,7 +155,7 @@ async def test_a_caller_that_says_nothing_is_parted_with() -> None:
     async with at_door() as visit:
         line = await visit.call()
         await visit.stand(1)
-        visit.pass_time(9.0)
+        visit.pass_time_until(1.0)
         assert len(visit.door._step.callers) == 1
         visit.pass_time(11.0)
         assert await line.over() == b""
@@ -214,9 +225,9 @@ async def test_an_answer_that_nobody_takes_is_not_held_forever() -> None:
         line = await visit.call()
         await line.say(GET)
         await until(lambda: any(one.flow is not None and one.flow.write_paused for one in visit.door._step.callers))
-        visit.pass_time(29.0)
+        visit.pass_time_until(1.0)
         assert len(visit.door._step.callers) == 1
-        visit.pass_time(31.0)
+        visit.pass_time(UNHURRIED["deadline_ms"] / 1000 + 1.0)
         await until(lambda: not visit.door.server_state.connections)
 
 

@@ -87,6 +87,9 @@ async def street(*encoders: SoftEncoder, **more: Any) -> AsyncIterator[Street]:
     given = {"decode_workers": 2, "store": "memory", "http_workers": 1, "drain_timeout_s": 0.01}
     settings = Settings(**(given | UNHURRIED | more))
     async with AsyncExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(front_module, "_PROBE_S", PATIENCE_S)
+        patch.setattr(window, "KEYS_S", PATIENCE_S)
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dmn-")))
         with without_housekeeper():
             backs = [await stack.enter_async_context(open_rooms(settings, encoder)) for encoder in encoders]
