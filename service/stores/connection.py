@@ -135,7 +135,7 @@ class _Secure(_Heeding, SSLConnection):
     """One over TLS."""
 
 
-class _Local(_Heeding, UnixDomainSocketConnection):
+class LocalConnection(_Heeding, UnixDomainSocketConnection):
     """One through a socket of this machine."""
 
 
@@ -159,7 +159,7 @@ def _pool(place: Place, timeout_s: float, retry: Retry) -> ConnectionPool:
     """Return connections to one server."""
     common = _common(timeout_s) | place.login() | {"db": place.db, "retry": retry}
     if place.kind == "unix":
-        own: dict[str, Any] = {"connection_class": _Local, "path": place.name}
+        own: dict[str, Any] = {"connection_class": LocalConnection, "path": place.name}
     else:
         ((host, port),) = place.hosts
         kind = _Secure if place.tls else _Plain

@@ -32,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Literal
 
-from redis.asyncio import Redis
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -40,6 +40,7 @@ from redis.exceptions import RedisError
 from .. import logs
 from ..errors import StoreDown
 from ..settings import Settings
+from .connection import LocalConnection
 
 Fsync = Literal["everysec", "always"]
 
@@ -223,8 +224,9 @@ class EmbeddedServer:
         logs.event(logs.STORE_STILL_THERE, level=logging.WARNING, pid=pid, folder=str(self._folder))
 
     async def _pid_behind_socket(self) -> int | None:
-        path = str(self.socket)
-        client = Redis(unix_socket_path=path, socket_timeout=_ANSWER_S, retry=Retry(NoBackoff(), 0))
+        once = Retry(NoBackoff(), 0)
+        pool = ConnectionPool(LocalConnection, path=str(self.socket), socket_timeout=_ANSWER_S, retry=once)
+        client = Redis.from_pool(pool)
         try:
             return int((await client.info("server"))["process_id"])
         except (RedisError, OSError):

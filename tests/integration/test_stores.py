@@ -97,6 +97,20 @@ async def test_an_image_learned_through_one_service_changes_the_answer_of_anothe
     assert after.stamp.version > before.stamp.version
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a connection cut while it is made
+@pytest.mark.parametrize("steps", range(30))
+async def test_a_look_at_the_server_ends_at_whatever_step_it_is_cancelled(tmp_path: Path, steps: int) -> None:
+    """A cancellation that is lost leaves the watch of a server that was told to stop running for ever."""
+    server = server_in(tmp_path)
+    async with server.running():
+        look = asyncio.create_task(server._pid_behind_socket())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        ended = look.done() or not look.cancel()
+        await asyncio.wait([look])
+        assert ended or look.cancelled()
+
+
 async def test_nothing_that_was_told_as_learned_is_lost_when_the_server_is_killed(tmp_path: Path) -> None:
     server = server_in(tmp_path)
     async with server.running(), house(tmp_path) as rooms:
