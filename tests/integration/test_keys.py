@@ -178,13 +178,6 @@ async def test_probes_and_documents_need_no_key(locked: House, method: str, path
     assert (await call(locked, method, path, key)).status_code == 200
 
 
-async def test_a_scope_may_be_had_together_with_others(locked: House) -> None:
-    key = await issue(locked, SHOP, CLASSIFY, MEMORY)
-    assert let_in(await call(locked, "POST", "/classify", key))
-    assert let_in(await call(locked, "GET", "/memory", key))
-    problem(await call(locked, "GET", f"/tenants/{SHOP}", key), "forbidden")
-
-
 async def test_nothing_of_a_body_is_read_before_the_key_was_looked_at(locked: House) -> None:
     for path, scope in (("/classify", MEMORY), ("/memory/static", CLASSIFY), ("/admin/memory/reset", CLASSIFY)):
         for key, status in ((await issue(locked, SHOP, scope), 403), ("nonsense", 401)):
@@ -195,15 +188,6 @@ async def test_nothing_of_a_body_is_read_before_the_key_was_looked_at(locked: Ho
 
 
 # Tenants --------------------------------------------------------------------------------------------------------------
-
-
-async def test_a_key_is_for_its_own_tenant_unless_it_names_one(locked: House) -> None:
-    key = await issue(locked, SHOP, CLASSIFY, MEMORY)
-    for headers in ({}, {"X-Tenant": SHOP}):
-        for query in ({}, {"tenant": SHOP}):
-            answer = await call(locked, "POST", "/classify", key, headers=headers, params=query)
-            assert answer.json()["tenant"] == SHOP
-            assert (await call(locked, "GET", "/memory", key, headers=headers, params=query)).json()["tenant"] == SHOP
 
 
 async def test_an_operator_speaks_for_whom_it_names_or_the_default_tenant(locked: House) -> None:

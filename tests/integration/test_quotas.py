@@ -18,7 +18,6 @@ from tests.support.house import (
     PATIENCE_S,
     Build,
     GatedEncoder,
-    House,
     SoftEncoder,
     opened,
     problem,
@@ -85,15 +84,6 @@ async def test_views_count_like_images(build: Build) -> None:
     assert (await house.classify(fresh(), views=4)).status_code == 200
     problem(await house.classify(fresh(), views=2), "rate-limited")
     assert (await house.classify(fresh())).status_code == 200
-
-
-async def test_one_tenants_quota_is_no_other_tenants(build: Build) -> None:
-    house = await build(tenant_rate=SLOW, tenant_burst=1)
-    for tenant in ("zoo", "farm"):
-        await house.put(tenant)
-        assert (await house.classify(fresh(), tenant=tenant)).status_code == 200
-    for tenant in ("zoo", "farm"):
-        problem(await house.classify(fresh(), tenant=tenant), "rate-limited")
 
 
 async def test_more_than_is_ever_let_in_at_once_is_no_matter_of_waiting(build: Build) -> None:
@@ -202,29 +192,6 @@ async def test_a_client_that_leaves_gives_its_place_back(build: Build) -> None:
 
 
 @needs_server
-async def test_replicas_share_the_bucket(store: Running, build: Build) -> None:
-    houses = [await build(store=store.url, tenant_rate=SLOW, tenant_burst=6) for _ in range(2)]
-    await houses[0].put()
-    answers = [await houses[i % 2].classify(fresh()) for i in range(10)]
-    assert [answer.status_code for answer in answers] == [200] * 6 + [429] * 4
-
-
-@needs_server
-async def test_replicas_share_the_places_at_work(store: Running, build: Build) -> None:
-    encoders = [GatedEncoder(), GatedEncoder()]
-    houses = [await build(encoder, store=store.url, tenant_concurrent=2, housekeeping=True) for encoder in encoders]
-    await houses[0].put()
-    encoders[0].shut()
-    calls = [asyncio.create_task(houses[0].classify(fresh())) for _ in range(2)]
-    await encoders[0].reached()
-    await until(lambda: len(houses[0].rooms.quotas._at_work.get("default", ())) == 2)
-    problem(await soon(houses[1].classify(fresh())), "rate-limited")
-    encoders[0].gate.set()
-    assert [(await soon(call)).status_code for call in calls] == [200, 200]
-    await _let_in_soon(houses[1])
-
-
-@needs_server
 async def test_while_the_store_is_away_each_process_counts_by_itself() -> None:
     assert BINARY is not None
     with server(BINARY) as running:
@@ -244,13 +211,6 @@ async def test_replicas_that_add_shots_at_once_keep_to_the_limit_together(store:
     answers = await asyncio.gather(*(houses[i % 3].upload("red", fresh()) for i in range(15)))
     assert sorted(answer.status_code for answer in answers) == [201] * 6 + [422] * 9
     assert len(await houses[1].shots()) == 6
-
-
-async def _let_in_soon(house: House) -> None:
-    """Ask until a call is let in: nobody tells when a lease is over."""
-    async with asyncio.timeout(PATIENCE_S):
-        while (await house.classify(fresh())).status_code != 200:  # noqa: ASYNC110 - as above
-            await asyncio.sleep(0.01)
 
 
 # What tenants are told, and what some may instead ---------------------------------------------------------------------

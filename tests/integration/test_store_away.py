@@ -144,19 +144,6 @@ async def test_where_stale_answers_are_not_wanted_calls_are_refused_until_the_st
     assert await house.outcomes(REDS[1]) == ["filled"]
 
 
-async def test_a_tenant_that_nobody_has_asked_for_lately_has_to_wait_for_the_store(
-    build: Build, server: Server
-) -> None:
-    away = await opened(build, server)
-    house = away.house
-    await house.put("cold")
-    await house.predictions(REDS[0])
-    away.hang()
-    assert problem(await house.classify(REDS[1], tenant="cold"), "store-down")["retry_after"]
-    assert await house.outcomes(REDS[1]) == ["pending"]
-    away.come_back()
-
-
 async def test_readiness_tells_the_truth_while_answers_go_on(build: Build, server: Server) -> None:
     away = await opened(build, server)
     house = away.house
@@ -180,67 +167,3 @@ async def test_what_changes_a_memory_is_refused_and_told_when_to_come_back(build
     away.come_back()
     assert len(await house.slots("red")) == 1
     assert await house.shots() == []
-
-
-async def test_a_store_that_hangs_is_waited_for_once_and_not_by_every_call(build: Build, server: Server) -> None:
-    away = await opened(build, server)
-    house = away.house
-    await house.predictions(REDS[0])
-    away.hang()
-    await house.predictions(REDS[1])
-    asked = await house.metrics()
-    assert await house.outcomes(*REDS[2:6]) == ["pending"] * 4
-    told = await house.metrics()
-    errors = [name for name in told if name.startswith("dmn_store_errors_total")]
-    assert sum(told[name] for name in errors) == sum(asked.get(name, 0.0) for name in errors)
-    away.come_back()
-
-
-async def test_what_no_longer_fits_among_the_writes_that_wait_is_counted(build: Build, server: Server) -> None:
-    away = await opened(build, server, pending_images=2)
-    house = away.house
-    await house.predictions(REDS[0])
-    away.hang()
-    assert await house.outcomes(*REDS[1:5]) == ["pending", "pending", "skipped", "skipped"]
-    assert (await house.metrics())['dmn_memory_updates_total{outcome="lost"}'] == 2
-    away.come_back()
-    await house.rooms.desk.deliver()
-    assert house.rooms.desk.pending == 0
-    assert len(await house.slots("red")) == 3
-
-
-async def test_what_waits_for_a_memory_that_was_reset_meanwhile_is_given_up(build: Build, server: Server) -> None:
-    away = await opened(build, server)
-    house = away.house
-    other = await build(store=server.url)
-    await house.predictions(REDS[0])
-    away.hang()
-    assert await house.outcomes(*REDS[1:3]) == ["pending"] * 2
-    away.come_back()
-    await other.reset("all")
-    await house.rooms.desk.deliver()
-    assert house.rooms.desk.pending == 0
-    assert await house.slots("red") == []
-    assert (await house.metrics())['dmn_memory_updates_total{outcome="lost"}'] == 2
-
-
-async def test_a_call_with_an_idempotency_key_goes_on_too(build: Build, server: Server) -> None:
-    away = await opened(build, server)
-    house = away.house
-    await house.predictions(REDS[0])
-    away.hang()
-    answer = await house.classify(REDS[1], headers={"Idempotency-Key": "one"})
-    assert answer.json()["predictions"][0]["learned"]["outcome"] == "pending"
-    away.come_back()
-
-
-async def test_a_service_that_stops_delivers_what_waits_first(build: Build, server: Server) -> None:
-    away, other = await opened(build, server), await build(store=server.url)
-    house = away.house
-    await house.predictions(REDS[0])
-    away.hang()
-    assert await house.outcomes(REDS[1]) == ["pending"]
-    away.come_back()
-    await house.rooms.desk.drain()
-    assert house.rooms.desk.pending == 0
-    assert len(await other.slots("red")) == 2
