@@ -12,7 +12,8 @@ from redis.asyncio.client import PubSub
 from tests.soak.cluster import judge, load
 from tests.support.servers import BINARIES, HOST, PATIENCE_S, SERVICE, Guarded, sentinel
 
-DOWN_AFTER_MS = 1000
+DOWN_AFTER_MS = 4000
+"""Longer than a primary that is there may stand still."""
 
 KINDS = [kind for kind, binary in BINARIES.items() if binary is not None]
 pytestmark = [
