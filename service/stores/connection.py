@@ -115,16 +115,18 @@ class _Heeding(AbstractConnection):
     """A connection that gives up when its caller is cancelled while it sends.
 
     redis-py sends within `asyncio.wait_for`, which in Python 3.11 forgets a cancellation if what it waits for is done,
-    as sending mostly is: deadlines would pass unheard, and loops that are told to stop go on.
+    as sending mostly is, or has failed: deadlines would pass unheard, and loops that are told to stop go on.
     """
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:  # noqa: FBT001, FBT002 - as in the base
         task = asyncio.current_task()
         before = task.cancelling() if task else 0
-        await super().send_packed_command(command, check_health)
-        if task and task.cancelling() > before:
-            await self.disconnect(nowait=True)
-            raise asyncio.CancelledError
+        try:
+            await super().send_packed_command(command, check_health)
+        finally:
+            if task and task.cancelling() > before:
+                await self.disconnect(nowait=True)
+                raise asyncio.CancelledError
 
 
 class _Plain(_Heeding, Connection):

@@ -7,6 +7,7 @@ import errno
 import socket
 import ssl
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from typing import Any
 import pytest
 from redis import exceptions as told
 from redis.asyncio import Connection, Redis, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import MasterNotFoundError
 from redis.crc import key_slot
 
 from service.stores import client as client_module
 from service.stores import cluster as cluster_module
 from service.stores import place
-from service.stores.connection import connect
+from service.stores.connection import LocalConnection, connect
 from service.stores.faults import down
 
 SECRET = "s3cr3t-pässword"
@@ -372,6 +374,28 @@ def test_what_an_error_came_from_is_looked_at_once_even_in_a_circle() -> None:
     error.__cause__ = told.ConnectionError("other")
     error.__cause__.__cause__ = error
     assert "closed the connection" in down(error).detail
+
+
+@pytest.mark.parametrize("error", [None, told.ConnectionError("gone")], ids=["sent", "broken"])
+async def test_a_cancellation_that_the_library_drops_while_it_sends_is_raised(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    """As `asyncio.wait_for` does in Python 3.11, where what it waits for is done or has failed at the same moment."""
+    sending = asyncio.Event()
+
+    async def send(*_: Any, **__: Any) -> None:
+        sending.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(AbstractConnection, "send_packed_command", send)
+    task = asyncio.create_task(LocalConnection(path="/no/such.sock").send_packed_command(b""))
+    await sending.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
 
 
 # A cluster ------------------------------------------------------------------------------------------------------------
