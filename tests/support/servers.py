@@ -29,7 +29,7 @@ from tests.support.process import until
 BINARIES = {"valkey": find_binary(), "redis": shutil.which("redis-server")}
 """Real servers: the one that the embedded store runs, and Debian's Redis where it is."""
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 
 HOST = "127.0.0.1"
 SLOTS = 16384
