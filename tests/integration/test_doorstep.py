@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from starlette.types import Receive, Scope, Send
 
-from service.app import create_app
 from service.door import Door
 from service.settings import Settings
 from tests.support.fakes import picture
@@ -95,9 +95,7 @@ async def at_door(app: Callable[..., Any] | None = None, **settings: Any) -> Asy
         house = await stack.enter_async_context(opened(Encoder(), **settings))
         await house.put()
         whole = Settings(**({"port": 0, "store": "memory"} | UNHURRIED | settings))
-        door = Door(
-            app or create_app(whole, house.rooms), whole, house.rooms.batcher, lambda _: None, sleep=_no_last_words
-        )
+        door = Door(app or house.app, whole, house.rooms.batcher, lambda _: None, sleep=_no_last_words)
         door.config.load()
         door.lifespan = door.config.lifespan_class(door.config)
         await door.startup()
@@ -108,6 +106,13 @@ async def at_door(app: Callable[..., Any] | None = None, **settings: Any) -> Asy
             for writer in visit.writers:
                 writer.close()
             await door.shutdown()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def shared() -> AsyncIterator[Visit]:
+    """Give a door for tests that leave nothing behind."""
+    async with at_door() as visit:
+        yield visit
 
 
 def _post(path: str, body: bytes, *more: str, length: int | None = None) -> bytes:
@@ -335,30 +340,28 @@ async def test_a_trailer_is_no_header() -> None:
     ],
     ids=range(23),
 )
-async def test_what_is_no_proper_request_is_refused_as_a_problem_and_hung_up_on(said: bytes) -> None:
+async def test_what_is_no_proper_request_is_refused_as_a_problem_and_hung_up_on(shared: Visit, said: bytes) -> None:
     """Whatever two servers in a row could read differently is read by none of them."""
-    async with at_door() as visit:
-        line = await visit.call()
-        await line.say(said + GET)
-        status, headers, body = await line.answer()
-        assert (status, headers["content-type"]) == (400, "application/problem+json")
-        assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
-        assert json.loads(body) == {"type": "about:blank", "title": "Bad Request", "status": 400} | {
-            "detail": json.loads(body)["detail"]
-        }
-        assert await line.over() == b""
+    line = await shared.call()
+    await line.say(said + GET)
+    status, headers, body = await line.answer()
+    assert (status, headers["content-type"]) == (400, "application/problem+json")
+    assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
+    assert json.loads(body) == {"type": "about:blank", "title": "Bad Request", "status": 400} | {
+        "detail": json.loads(body)["detail"]
+    }
+    assert await line.over() == b""
 
 
 @pytest.mark.parametrize(
     "chunk", [b"g\r\n", b"-1\r\n", b"0x1\r\na\r\n", b"fffffffffffffffff\r\n", b"1\r\nab\r\n", b"1\na\n"]
 )
-async def test_chunks_that_make_no_sense_end_their_call_and_nothing_is_learned(chunk: bytes) -> None:
-    async with at_door() as visit:
-        before = await visit.house.memory()
-        line = await visit.call()
-        await line.say(b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk)
-        assert b"HTTP/1.1 2" not in await line.over()
-        assert await visit.house.memory() == before
+async def test_chunks_that_make_no_sense_end_their_call_and_nothing_is_learned(shared: Visit, chunk: bytes) -> None:
+    before = await shared.house.memory()
+    line = await shared.call()
+    await line.say(b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk)
+    assert b"HTTP/1.1 2" not in await line.over()
+    assert await shared.house.memory() == before
 
 
 async def test_garbage_behind_a_request_does_not_reach_into_its_answer() -> None:
@@ -371,12 +374,13 @@ async def test_garbage_behind_a_request_does_not_reach_into_its_answer() -> None
 
 
 @pytest.mark.parametrize("upgrade", ["websocket", "h2c", "TLS/1.0"])
-async def test_an_upgrade_that_is_not_offered_is_ignored(upgrade: str, caplog: pytest.LogCaptureFixture) -> None:
-    async with at_door() as visit:
-        line = await visit.call()
-        more = f"Connection: Upgrade\r\nUpgrade: {upgrade}\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n\r\n"
-        await line.say(GET[:-2] + more.encode())
-        assert await line.status() == 200
+async def test_an_upgrade_that_is_not_offered_is_ignored(
+    shared: Visit, upgrade: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = await shared.call()
+    more = f"Connection: Upgrade\r\nUpgrade: {upgrade}\r\nSec-WebSocket-Key: x\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    await line.say(GET[:-2] + more.encode())
+    assert await line.status() == 200
     assert not caplog.records
 
 

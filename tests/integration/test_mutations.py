@@ -1,4 +1,4 @@
-"""Whatever is done to a call, the answer is no fault of ours; `tests/e2e/test_mutations.py` asks over sockets."""
+"""Whatever is done to a call, the answer is no fault of ours; `tests/soak/test_mutations.py` asks over sockets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.support.house import House
 from tests.support.mutants import CLASSES, KINDS, SMALL, TENANT, fault, mutant
 
-COUNT = 150
+COUNT = 100
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in {"path", "wire"}])
@@ -29,7 +29,7 @@ async def test_no_mutant_is_a_fault_of_ours(house: House, kind: str) -> None:
 
 async def test_whatever_configuration_is_taken_images_are_answered_with_it(house: House) -> None:
     taken = 0
-    for number in range(2 * COUNT):
+    for number in range(3 * COUNT):
         own = mutant(1, number, ("json",))
         answer = await house.client.request(own.method, own.target, headers=own.headers, content=own.body)
         if own.method == "PUT" and answer.status_code < 300 and answer.json()["classes"]:
