@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: few in the default tier, ten times as many in the slow one, always the same ones.
+"""How many examples hypothesis tries: few in the default tier, five times as many in the slow one, always the same ones.
 
 `--hypothesis-profile=laws-long` chooses the many.
 """
@@ -12,7 +12,7 @@ SHORT, LONG = "laws", "laws-long"
 EXAMPLES = 12
 """Examples of a law in the short profile, where it does not say how many it needs."""
 
-for _name, _factor in ((SHORT, 1), (LONG, 10)):
+for _name, _factor in ((SHORT, 1), (LONG, 5)):
     settings.register_profile(
         _name,
         database=None,
@@ -25,5 +25,5 @@ for _name, _factor in ((SHORT, 1), (LONG, 10)):
 
 
 def examples(number: int) -> settings:
-    """Return settings for so many examples in the short profile, and ten times as many in the long one."""
+    """Return settings for so many examples in the short profile, and five times as many in the long one."""
     return settings(max_examples=number * settings.default.max_examples // EXAMPLES)
