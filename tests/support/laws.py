@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: few in the default tier, five times as many in the slow one, always the same ones.
+"""How many examples hypothesis tries: few in the default tier, five times as many in the slow one, always the same.
 
 `--hypothesis-profile=laws-long` chooses the many.
 """
