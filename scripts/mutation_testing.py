@@ -2,13 +2,13 @@
 
     python scripts/mutation_testing.py cover COVERAGE          # which test files run which lines (pytest-cov)
     python scripts/mutation_testing.py draw COVERAGE CHANGES   # draw the changes, by a fixed seed
-    python scripts/mutation_testing.py run COVERAGE CHANGES RESULTS [--known RESULTS --jobs 2]
+    python scripts/mutation_testing.py run COVERAGE CHANGES RESULTS [--known RESULTS --files N --jobs 2]
 
 A change swaps an operator or a comparison, moves a number by one, inverts a boolean, or deletes a statement, in `core`,
 `service` or a Lua script, on a line that tests run. Each change is tried on a copy of the repository with the test
 files that run its line, the closest first, until one fails. `--known` names the results of an earlier run: the test
-that noticed a change then is tried first. Tests that start processes of their own are left out: coverage does not see
-those.
+that noticed a change then is tried first. `--files N` tries no more than the N closest files. Tests that start
+processes of their own are left out: coverage does not see those.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ def _run_tests(copy: Path, selected: list[str], report: Path) -> None:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--timeout", "120", "--rootdir", str(copy)]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--timeout", "60", "--rootdir", str(copy)]
     try:
         status = pytest.main([*selected, *options], plugins=[_Noticed(report)])
     except BaseException as error:  # noqa: BLE001 - a change may raise anything, also where pytest is configured
@@ -272,7 +272,7 @@ def _run_tests(copy: Path, selected: list[str], report: Path) -> None:
     os._exit(0)
 
 
-def run(data: Path, changes: list[Change], results: Path, known: Path | None, jobs: int) -> None:
+def run(data: Path, changes: list[Change], results: Path, known: Path | None, *, jobs: int, most: int | None) -> None:
     """Try every change and write down what notices it."""
     import torch  # noqa: F401, PLC0415 - loaded once, for all forks
 
@@ -294,7 +294,7 @@ def run(data: Path, changes: list[Change], results: Path, known: Path | None, jo
                 if first.startswith("tests/") and (ROOT / first.split("::", maxsplit=1)[0]).exists():
                     noticed = attempt(change, [first], copy)
                 if noticed is None or noticed.startswith("pytest ended"):
-                    files = test_files(change, lines)
+                    files = test_files(change, lines)[:most]
                     noticed = attempt(change, files, copy) if files else None
             finally:
                 free.append(copy)
@@ -320,6 +320,7 @@ def main() -> int:
             command.add_argument("results", type=Path)
             command.add_argument("--known", type=Path)
             command.add_argument("--jobs", type=int, default=2)
+            command.add_argument("--files", type=int)
     given = parser.parse_args()
     if given.command == "cover":
         return cover(given.coverage)
@@ -327,7 +328,7 @@ def main() -> int:
         given.changes.write_text(json.dumps([asdict(change) for change in draw(given.coverage)], indent=1))
         return 0
     changes = [Change(**row) for row in json.loads(given.changes.read_text())]
-    run(given.coverage, changes, given.results, given.known, given.jobs)
+    run(given.coverage, changes, given.results, given.known, jobs=given.jobs, most=given.files)
     return 0
 
 
