@@ -13,13 +13,14 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from .adapted import Adaptation, Adapted, adapt
-from .bank import SlotId, Slots
-from .dynamic import Candidate, DynamicMemory, SlotWrite, apply, propose
-from .fusion import fuse
+from core.adaptive.adaptation import Adaptation, Adapted, adapt
+from core.memory.bank import SlotId, Slots
+from core.memory.dynamic import Candidate, DynamicMemory, SlotWrite, apply, propose
+from core.readout.fusion import fuse
+from core.readout.projection import project_text
+
 from .numerics import VIEW_EPS, entropy
-from .projection import project_text
-from .shelves import Shelves
+from .prepared_banks import Shelves
 from .snapshot import Snapshot
 
 CONFIDENT_SHARE = 0.1

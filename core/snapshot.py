@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .adapted import Adaptation
-from .bank import Bank, Slots
-from .dynamic import DynamicMemory
-from .fusion import DEFAULT_WEIGHTS, BranchWeights
-from .projection import Projection
-from .static import StaticMemory
+from core.adaptive.adaptation import Adaptation
+from core.memory.bank import Bank, Slots
+from core.memory.dynamic import DynamicMemory
+from core.memory.static import StaticMemory
+from core.readout.fusion import DEFAULT_WEIGHTS, BranchWeights
+from core.readout.projection import Projection
 
 Method = Literal["dmn", "auto"]
 """`dmn` is the paper's, faithfully; `auto` adds class statistics, each branch as far as it can be trusted."""

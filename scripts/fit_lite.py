@@ -51,7 +51,7 @@ from timm import create_model
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from core import lite
+from core.encoders import lite
 from core.numerics import unit
 from core.prompts import DEFAULT_TEMPLATES
 

@@ -8,8 +8,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from core.adapted import Adaptation
-from core.codec import encode_feature
+from core.adaptive.adaptation import Adaptation
+from core.memory.codec import encode_feature
+from service.stores.base import (
+    Conflict,
+    Job,
+    JobState,
+    ReloadNeeded,
+    SnapshotInfo,
+    Stamp,
+    StoredMemory,
+    StoredShot,
+    TenantRecord,
+    labelling_of,
+    shown_of,
+)
 
 from . import logs, snapshots, upkeep
 from .archive import check_fingerprint, held_bytes, origin_of
@@ -28,19 +41,6 @@ from .images import ImageFault
 from .metrics import Lap
 from .rooms import Rooms
 from .settings import DEFAULT_TENANT
-from .stores.base import (
-    Conflict,
-    Job,
-    JobState,
-    ReloadNeeded,
-    SnapshotInfo,
-    Stamp,
-    StoredMemory,
-    StoredShot,
-    TenantRecord,
-    labelling_of,
-    shown_of,
-)
 from .tenants import ClassSpec, TenantConfig, checked, class_id, class_name, shadow_of, tenant_name
 
 _TRIES = 5

@@ -16,14 +16,18 @@ import torch
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, disable_created_metrics
 
-from core import openclip
-from core.backends import Runtime
-from core.encoder import Encoder
+from core.encoders import openclip
+from core.encoders.protocol import Encoder
+from core.encoders.towers.backends import Runtime
+from service.api.porch import Porch
+from service.api.shortcut import Shortcut
+from service.stores.base import MemoryStore
+from service.stores.embedded import free_bytes, settled
+from service.stores.opening import open_store
+from service.stores.watched import watched
 
 from . import adapt, logs, tracing
 from .api import admin, classify, document, health, jobs, memory, pages, problems, tenants
-from .api.porch import Porch
-from .api.shortcut import Shortcut
 from .archive import Archive
 from .auth import Gate
 from .batching import Batcher
@@ -41,10 +45,6 @@ from .quotas import Quotas
 from .rooms import Rooms
 from .settings import Settings, operator_key_of
 from .shadows import Shadows
-from .stores.base import MemoryStore
-from .stores.embedded import free_bytes, settled
-from .stores.opening import open_store
-from .stores.watched import watched
 from .texts import TextFeatures
 from .worker import Worker, batch_on, choose_device
 

@@ -18,22 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.adapted import Adaptation
-from core.bank import Slots
-from core.codec import FEATURE_BYTES, decode_features
-from core.dynamic import DynamicMemory
-from core.encoder import Encoder
+from core.adaptive.adaptation import Adaptation
+from core.encoders.protocol import Encoder
 from core.errors import IncompatibleMemory
-from core.projection import Projection
-from core.shelves import Shelves
+from core.memory.bank import Slots
+from core.memory.codec import FEATURE_BYTES, decode_features
+from core.memory.dynamic import DynamicMemory
+from core.memory.static import Shots, StaticMemory
+from core.prepared_banks import Shelves
+from core.readout.projection import Projection
 from core.snapshot import Snapshot
-from core.static import Shots, StaticMemory
-
-from . import logs
-from .errors import FingerprintMismatch, NoClasses, StoreDown, UnknownTenant
-from .locks import KeyedLocks
-from .metrics import Lap, Metrics
-from .stores.base import (
+from service.stores.base import (
     OFFSETS,
     Change,
     MemoryStore,
@@ -46,6 +41,11 @@ from .stores.base import (
     TenantRecord,
     digest_of,
 )
+
+from . import logs
+from .errors import FingerprintMismatch, NoClasses, StoreDown, UnknownTenant
+from .locks import KeyedLocks
+from .metrics import Lap, Metrics
 from .tallies import Ledger, Tally, begin, decode
 from .tenants import ClassSpec, TenantConfig
 from .texts import TextFeatures

@@ -23,9 +23,10 @@ from enum import StrEnum
 from hashlib import sha256
 from itertools import islice
 
+from service.stores.base import StoredKey, tenant_of_key
+
 from .errors import Forbidden, InvalidRequest, StoreDown, Unauthenticated
 from .settings import DEFAULT_TENANT
-from .stores.base import StoredKey, tenant_of_key
 from .tenants import tenant_name
 
 FRESH_S = 0.5

@@ -24,10 +24,11 @@ import torch
 from fastapi import FastAPI, Response
 from starlette.types import Message
 
+from service.api.classify import answered
+from service.api.health import measure, ready
+from service.api.problems import AllFailed, problem, problem_response, refusal
+
 from . import health, logs, loop
-from .api.classify import answered
-from .api.health import measure, ready
-from .api.problems import AllFailed, problem, problem_response, refusal
 from .app import create_app, open_rooms
 from .classify import ClassifyCall
 from .errors import Internal, ServiceError, StoreDown

@@ -25,9 +25,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from core.errors import CoreError
+from service.bench.cli import app as bench
 
 from . import logs, remote
-from .bench.cli import app as bench
 from .errors import ServiceError
 from .settings import CONFIG_VARIABLE, DEFAULT_TENANT, Settings, operator_key_of
 
@@ -64,7 +64,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 
 
 class StreamKind(StrEnum):
-    """Kinds of orders, as `core.orders` has them; named here again because importing that takes seconds."""
+    """Kinds of orders, as `core.evaluation.stream_orders` has them; repeated here since that import takes seconds."""
 
     IID = "iid"
     RUNS = "runs"

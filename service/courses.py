@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from core.measures import MEASURES, Figures, Marks, figures
-from core.orders import Kind
+from core.evaluation.metrics import MEASURES, Figures, Marks, figures
+from core.evaluation.stream_orders import Kind
 
 FIRST = 100
 """Images of a stream's beginning that are measured apart: a memory that is still empty must not cost anything."""

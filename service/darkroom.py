@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from core.encoder import Preprocess
+from core.encoders.protocol import Preprocess
 
 from .images import Developed, Heavy, ImageLimits, cut, develop
 from .turns import Turns

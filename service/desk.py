@@ -16,21 +16,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.adapted import Adapted
-from core.bank import Slots
+from core.adaptive.adaptation import Adapted
 from core.classify import Answers, Sample, classify
-from core.codec import FEATURE_BYTES, encode_feature
-from core.dynamic import DynamicMemory, Outcome, SlotWrite
+from core.memory.bank import Slots
+from core.memory.codec import FEATURE_BYTES, encode_feature
+from core.memory.dynamic import DynamicMemory, Outcome, SlotWrite
+from core.memory.static import Shots
 from core.numerics import affinity
-from core.projection import project_query, project_slots
-from core.static import Shots
+from core.readout.projection import project_query, project_slots
+from service.stores.base import MemoryStore, PushCandidate, ReloadNeeded, Stamp, StoredSlot, Verdict
 
 from . import logs
 from .archive import Archive, HotMemory
 from .errors import Contended, ServiceError, StoreAway, StoreDown
 from .metrics import Lap, Metrics
 from .outbox import Outbox
-from .stores.base import MemoryStore, PushCandidate, ReloadNeeded, Stamp, StoredSlot, Verdict
 from .worker import Worker
 
 GROUP = 32

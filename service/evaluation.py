@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from core.encoder import Encoder
-from core.measures import Marks, auroc, false_positive_rate
-from core.orders import Kind, drift, mixed, order_of
+from core.encoders.protocol import Encoder
+from core.evaluation.metrics import Marks, auroc, false_positive_rate
+from core.evaluation.stream_orders import Kind, drift, mixed, order_of
 from core.snapshot import Method
 
 from . import training

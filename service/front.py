@@ -24,15 +24,16 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
-from core.encoder import Preprocess
+from core.encoders.protocol import Preprocess
+from service.api.guard import Guarded
+from service.api.heads import headers_of
+from service.api.porch import Porch, patience_of
+from service.api.schemas import CheckOut, LiveOut, ReadyOut
+from service.api.shortcut import Shortcut
+from service.stores.base import StoredKey
 
 from . import loop, tracing
 from .api import admin, classify, problems
-from .api.guard import Guarded
-from .api.heads import headers_of
-from .api.porch import Porch, patience_of
-from .api.schemas import CheckOut, LiveOut, ReadyOut
-from .api.shortcut import Shortcut
 from .auth import Gate, claimed_tenant
 from .classify import ClassifyCall
 from .darkroom import Darkroom
@@ -42,7 +43,6 @@ from .images import Developed, ImageFault, ImageLimits
 from .lifeline import Lifeline, Plan
 from .metrics import Metrics
 from .settings import DEFAULT_TENANT, Settings, operator_key_of
-from .stores.base import StoredKey
 from .window import GRACE_S, RETRY_S, Image, Window, nobody_there
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 
+from service.stores.base import MemoryStore, Remembered
+
 from .errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest, StoreDown
 from .locks import KeyedLocks
-from .stores.base import MemoryStore, Remembered
 
 _LONGEST_KEY = 255
 _FIRST_FAILURE = 300

@@ -37,8 +37,8 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
-from core.encoder import Preprocess
-from core.views import augmented, crops, digest, joined, plain, seed_of
+from core.encoders.protocol import Preprocess
+from core.encoders.views import augmented, crops, digest, joined, plain, seed_of
 
 MAX_SIDE = 65_535
 """Longest side in pixels, JPEG's own limit: every row costs memory beside its pixels."""

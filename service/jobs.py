@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
+from service.stores.base import Job, JobState, MemoryStore
+
 from . import logs
 from .errors import PROBLEMS, Draining, Internal, ServiceError, StoreDown, UnknownJob, UnknownTenant
 from .metrics import Metrics
-from .stores.base import Job, JobState, MemoryStore
 
 HEARTBEAT_S = 2.0
 """How often a job that runs is written down."""

@@ -14,10 +14,11 @@ from typing import Any
 
 from rich.table import Table
 
+from service.stores.base import MemoryStore, StoredKey
+from service.stores.opening import open_store
+
 from .auth import Scope, hash_of, id_of, new_key
 from .settings import Settings
-from .stores.base import MemoryStore, StoredKey
-from .stores.opening import open_store
 from .tenants import tenant_name
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}

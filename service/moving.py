@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from service.stores.base import Conflict, Job, ReloadNeeded, StoredMemory, StoredShot, TenantRecord
+
 from . import adapt, logs, snapshots, upkeep
 from . import classify as hall
 from .archive import check_fingerprint, origin_of
@@ -29,7 +31,6 @@ from .images import ImageFault
 from .jobs import Report
 from .rooms import Rooms
 from .shadows import Glimpse
-from .stores.base import Conflict, Job, ReloadNeeded, StoredMemory, StoredShot, TenantRecord
 from .tenants import class_id, shadow_of
 
 T = TypeVar("T")

@@ -15,11 +15,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from core.encoder import Encoder
-from core.fusion import BranchWeights
-from core.orders import Kind, order_of
-from core.replay import Options, load_stream, summary
-from core.replay import replay as run_replay
+from core.encoders.protocol import Encoder
+from core.evaluation.replay import Options, summary
+from core.evaluation.replay import replay as run_replay
+from core.evaluation.stream_file import load_stream
+from core.evaluation.stream_orders import Kind, order_of
+from core.readout.fusion import BranchWeights
 
 from .adapt import put_tenant
 from .app import load_encoder, open_rooms

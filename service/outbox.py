@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .stores.base import PushCandidate
+from service.stores.base import PushCandidate
 
 
 @dataclass(slots=True)

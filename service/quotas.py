@@ -16,10 +16,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 
+from service.stores.base import Allowance, Lease, MemoryStore, Quota
+from service.stores.limits import OwnLimits
+
 from .errors import LimitExceeded, RateLimited, StoreDown
 from .settings import Settings
-from .stores.base import Allowance, Lease, MemoryStore, Quota
-from .stores.limits import OwnLimits
 
 LEASE_S = 10.0
 """How long a lease lasts that nobody renews."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from core.encoder import Encoder
+from core.encoders.protocol import Encoder
+from service.stores.base import MemoryStore
 
 from .archive import Archive
 from .batching import Batcher
@@ -19,7 +20,6 @@ from .metrics import Metrics
 from .quotas import Quotas
 from .settings import Settings
 from .shadows import Shadows
-from .stores.base import MemoryStore
 from .texts import TextFeatures
 from .worker import Worker
 

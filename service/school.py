@@ -23,6 +23,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from service.stores.base import Job, JobState, StoredMemory
+
 from . import training, transfer
 from .adapt import LabelledImage, Shot, add_shots, load, put_tenant
 from .app import open_rooms
@@ -31,7 +33,6 @@ from .errors import InvalidRequest
 from .evaluation import FOREVER, call_size, parts, read
 from .rooms import Rooms
 from .settings import DEFAULT_TENANT, Settings
-from .stores.base import Job, JobState, StoredMemory
 from .tenants import TenantConfig
 
 BRANCHES = ("text", "static", "fused")

@@ -10,12 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+from service.stores.base import Conflict, SnapshotInfo, StoredMemory, TenantRecord
+
 from . import logs, transfer
 from .archive import differences, held_bytes
 from .errors import Contended, FingerprintMismatch, InvalidRequest, LimitExceeded, UnknownSnapshot, UnknownTenant
 from .rooms import Rooms
 from .settings import Settings
-from .stores.base import Conflict, SnapshotInfo, StoredMemory, TenantRecord
 from .tenants import shadow_of
 
 MANUAL = "manual"

@@ -29,11 +29,12 @@ from typing import Any
 from prometheus_client.multiprocess import mark_process_dead
 from rich.console import Console
 
+from service.stores.embedded import embedded_server, settled
+
 from . import logs
 from .door import Address, announce
 from .lifeline import Plan
 from .settings import Settings
-from .stores.embedded import embedded_server, settled
 
 COMMAND = "room"
 """The command that a process of the service runs."""

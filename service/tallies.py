@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.adaptive.statistics import Counted, Running, Statistics
 from core.errors import IncompatibleMemory
-from core.statistics import Counted, Running, Statistics
+from service.stores.base import Count, MemoryStore, ReloadNeeded, Stamp, StoredStatistics
 
 from .errors import StoreDown
-from .stores.base import Count, MemoryStore, ReloadNeeded, Stamp, StoredStatistics
 from .worker import Worker
 
 EXCHANGE_S = 5.0

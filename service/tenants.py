@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from core.fusion import DEFAULT_WEIGHTS, BranchWeights
 from core.prompts import DEFAULT_TEMPLATES, PLACEHOLDER, prompts_of
+from core.readout.fusion import DEFAULT_WEIGHTS, BranchWeights
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method
 
 from .errors import DuplicateClass, InvalidRequest, LimitExceeded, UnknownClass

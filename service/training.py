@@ -19,7 +19,19 @@ from torch import Tensor
 
 from core.errors import UnfitShots
 from core.snapshot import Snapshot
-from core.training import DEFAULT_EPOCHS, Progress, Queries, Recipe, Trained, check, course, needed_bytes
+from core.training.recipe import DEFAULT_EPOCHS, Progress, Queries, Recipe, Trained, check, needed_bytes
+from core.training.trainer import course
+from service.stores.base import (
+    OFFSETS,
+    Conflict,
+    Job,
+    ReloadNeeded,
+    StoredMemory,
+    StoredOffsets,
+    StoredShot,
+    TenantRecord,
+    Training,
+)
 
 from . import logs, snapshots, upkeep
 from .archive import check_fingerprint, encode_offsets, held_bytes, origin_of, snapshot_of, stack_features
@@ -37,17 +49,6 @@ from .errors import (
 from .images import ImageFault
 from .jobs import Report
 from .rooms import Rooms
-from .stores.base import (
-    OFFSETS,
-    Conflict,
-    Job,
-    ReloadNeeded,
-    StoredMemory,
-    StoredOffsets,
-    StoredShot,
-    TenantRecord,
-    Training,
-)
 
 KIND = "train"
 """What the jobs are called."""

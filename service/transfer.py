@@ -46,12 +46,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from core.codec import FEATURE_BYTES
 from core.errors import IncompatibleMemory
-
-from .errors import DuplicateClass, InvalidRequest, LimitExceeded
-from .settings import Settings
-from .stores.base import (
+from core.memory.codec import FEATURE_BYTES
+from service.stores.base import (
     OFFSETS,
     SEED,
     Count,
@@ -64,6 +61,9 @@ from .stores.base import (
     TenantRecord,
     Training,
 )
+
+from .errors import DuplicateClass, InvalidRequest, LimitExceeded
+from .settings import Settings
 from .tallies import dim_of_shared, shared_entries
 from .tenants import ClassSpec, TenantConfig, checked, tenant_name
 

@@ -12,19 +12,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from core.adapted import adapt
+from core.adaptive.adaptation import adapt
 from core.classify import label_scores
-from core.codec import encode_feature
+from core.memory.codec import encode_feature
 from core.numerics import entropy
 from core.snapshot import Snapshot
-
-from . import logs
-from .archive import origin_of, snapshot_of, stack_features
-from .errors import Contended, Internal, QueueFull
-from .images import ImageFault
-from .jobs import Report
-from .rooms import Rooms
-from .stores.base import (
+from service.stores.base import (
     Conflict,
     Job,
     ReloadNeeded,
@@ -35,6 +28,13 @@ from .stores.base import (
     StoredStatistics,
     TenantRecord,
 )
+
+from . import logs
+from .archive import origin_of, snapshot_of, stack_features
+from .errors import Contended, Internal, QueueFull
+from .images import ImageFault
+from .jobs import Report
+from .rooms import Rooms
 from .tallies import encode
 
 _TRIES = 20

@@ -12,15 +12,15 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from core.encoder import Preprocess
+from core.encoders.protocol import Preprocess
+from service.api.schemas import ReadyOut
+from service.stores.base import StoredKey
 
 from . import logs
-from .api.schemas import ReadyOut
 from .classify import ClassifyCall, Delivery
 from .errors import DeadlineExceeded, QueueFull, StoreDown
 from .hatch import Frame, Line, connect
 from .images import Developed, ImageFault
-from .stores.base import StoredKey
 
 Image = bytes | ImageFault | Delivery
 

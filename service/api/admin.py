@@ -10,11 +10,12 @@ from tempfile import TemporaryDirectory
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from .. import adapt, moving, snapshots
-from ..errors import UnsupportedBody
-from ..idempotency import digest_of
-from ..rooms import Rooms
-from ..stores.base import Remembered, SnapshotInfo, Stamp
+from service import adapt, moving, snapshots
+from service.errors import UnsupportedBody
+from service.idempotency import digest_of
+from service.rooms import Rooms
+from service.stores.base import Remembered, SnapshotInfo, Stamp
+
 from .deps import (
     CursorDep,
     KeyDep,
@@ -30,16 +31,7 @@ from .deps import (
 )
 from .guard import Guarded
 from .problems import may
-from .schemas import (
-    HoldingOut,
-    JobOut,
-    MigrateIn,
-    MigrationOut,
-    ResetIn,
-    ResetOut,
-    SnapshotListOut,
-    SnapshotOut,
-)
+from .schemas import HoldingOut, JobOut, MigrateIn, MigrationOut, ResetIn, ResetOut, SnapshotListOut, SnapshotOut
 
 router = APIRouter(prefix="/admin/memory", tags=["admin"], route_class=Guarded)
 

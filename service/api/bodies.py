@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from ..adapt import LabelledImage
-from ..errors import InvalidRequest, LimitExceeded, ServiceError, TooManyImages, UnsupportedBody
-from ..images import ImageFault, ImageUnreadable
-from ..settings import Settings
+from service.adapt import LabelledImage
+from service.errors import InvalidRequest, LimitExceeded, ServiceError, TooManyImages, UnsupportedBody
+from service.images import ImageFault, ImageUnreadable
+from service.settings import Settings
+
 from .schemas import ClassifyIn
 
 Images = list[bytes | ImageFault]

@@ -8,13 +8,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from .. import moving
-from ..classify import ClassifyCall, Fault
-from ..desk import Choice, Explanation, Reading
-from ..idempotency import Ledger
-from ..metrics import STAGES
-from ..rooms import Rooms
-from ..stores.base import Remembered
+from service import moving
+from service.classify import ClassifyCall, Fault
+from service.desk import Choice, Explanation, Reading
+from service.idempotency import Ledger
+from service.metrics import STAGES
+from service.rooms import Rooms
+from service.stores.base import Remembered
+
 from .bodies import Images, read_images
 from .deps import (
     CallHeaders,
@@ -31,12 +32,7 @@ from .deps import (
 from .guard import Guarded, tenant_of
 from .heads import headers_of
 from .problems import REFUSED_IMAGES, AllFailed, may, problem_of
-from .schemas import (
-    LIMITS,
-    ClassifyOut,
-    PredictionOut,
-    TenantName,
-)
+from .schemas import LIMITS, ClassifyOut, PredictionOut, TenantName
 
 Answer = Callable[[ClassifyCall, str | None, str], Coroutine[object, object, Response]]
 """Answers a call that was read, given its idempotency key and digest: here (`answered`), or in another process."""

@@ -13,11 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import to_json
 
-from .. import moving
-from ..errors import PROBLEMS, InvalidRequest, ServiceError
-from ..idempotency import Ledger, digest_of
-from ..rooms import Rooms
-from ..stores.base import Remembered, Stamp
+from service import moving
+from service.errors import PROBLEMS, InvalidRequest, ServiceError
+from service.idempotency import Ledger, digest_of
+from service.rooms import Rooms
+from service.stores.base import Remembered, Stamp
+
 from .guard import tenant_of
 from .schemas import Key, StampOut, TenantName
 

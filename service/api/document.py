@@ -12,9 +12,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from ..auth import Scope
-from ..errors import PROBLEMS
-from ..settings import Settings
+from service.auth import Scope
+from service.errors import PROBLEMS
+from service.settings import Settings
+
 from .guard import NEEDS
 from .problems import MAY, MEDIA_TYPE
 from .schemas import LIMITS, REQUIRED, Problem

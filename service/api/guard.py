@@ -9,8 +9,9 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from ..auth import Gate, Scope, named_tenant
-from ..errors import Forbidden
+from service.auth import Gate, Scope, named_tenant
+from service.errors import Forbidden
+
 from .heads import headers_of
 
 NEEDS: Mapping[str, Scope | None] = {

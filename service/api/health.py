@@ -10,8 +10,9 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from .. import health
-from ..rooms import Rooms
+from service import health
+from service.rooms import Rooms
+
 from .deps import RoomsDep
 from .guard import Guarded
 from .schemas import CheckOut, LiveOut, ReadyOut, VersionOut

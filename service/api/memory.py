@@ -7,16 +7,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from core.adapted import Adaptation
+from core.adaptive.adaptation import Adaptation
+from service import adapt, moving, training
+from service.archive import held_bytes
+from service.classify import Fault
+from service.errors import InvalidRequest
+from service.idempotency import digest_of
+from service.rooms import Rooms
+from service.stores.base import Remembered, StoredMemory
+from service.tenants import class_name
 
-from .. import adapt, moving, training
-from ..archive import held_bytes
-from ..classify import Fault
-from ..errors import InvalidRequest
-from ..idempotency import digest_of
-from ..rooms import Rooms
-from ..stores.base import Remembered, StoredMemory
-from ..tenants import class_name
 from .bodies import Upload, read_shots
 from .deps import (
     CursorDep,

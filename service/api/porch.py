@@ -18,15 +18,16 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .. import logs
-from ..metrics import Metrics
-from ..rooms import Rooms
+from service import logs
+from service.metrics import Metrics
+from service.rooms import Rooms
+
 from .deps import GONE
 from .heads import headers_of
 from .problems import problem, problem_response
 
 if TYPE_CHECKING:
-    from ..spans import RequestSpan
+    from service.spans import RequestSpan
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")

@@ -14,12 +14,13 @@ from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from .. import logs
-from ..classify import Fault
-from ..errors import PROBLEMS, InvalidRequest, NotFound, RateLimited, ServiceError
-from ..images import ImageFault
-from ..metrics import Metrics
-from ..rooms import Rooms
+from service import logs
+from service.classify import Fault
+from service.errors import PROBLEMS, InvalidRequest, NotFound, RateLimited, ServiceError
+from service.images import ImageFault
+from service.metrics import Metrics
+from service.rooms import Rooms
+
 from .guard import Guarded
 from .pages import page
 from .schemas import Problem

@@ -10,16 +10,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-from core.adapted import Adaptation
-from core.fusion import DEFAULT_WEIGHTS
+from core.adaptive.adaptation import Adaptation
 from core.prompts import DEFAULT_TEMPLATES, PLACEHOLDER
+from core.readout.fusion import DEFAULT_WEIGHTS
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Method
-from core.training import DEFAULT_EPOCHS
-
-from ..settings import TENANT_NAME
-from ..stores.base import Job, SnapshotInfo, StoredOffsets
-from ..tenants import ClassSpec, Retention, TenantConfig
-from ..training import Options
+from core.training.recipe import DEFAULT_EPOCHS
+from service.settings import TENANT_NAME
+from service.stores.base import Job, SnapshotInfo, StoredOffsets
+from service.tenants import ClassSpec, Retention, TenantConfig
+from service.training import Options
 
 LIMITS = "x-limits"
 """Where a schema names the setting that a bound of its is, until `document.describe` puts its value there."""

@@ -6,10 +6,11 @@ from functools import partial
 
 from fastapi import APIRouter, Response
 
-from .. import adapt, moving
-from ..auth import named_tenant
-from ..idempotency import digest_of
-from ..stores.base import Remembered
+from service import adapt, moving
+from service.auth import named_tenant
+from service.idempotency import digest_of
+from service.stores.base import Remembered
+
 from .deps import CursorDep, KeyDep, LedgerDep, LimitDep, RoomsDep, cursor_key, cursor_of, json_answer, response_of
 from .guard import Guarded
 from .problems import may

@@ -18,7 +18,8 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from ..errors import InvalidRequest
+from service.errors import InvalidRequest
+
 from .telling import JsonOption, PlotOption, tell
 
 MOST_AT_ONCE = 4096

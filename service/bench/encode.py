@@ -22,12 +22,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from torch import Tensor
 
-from core import openclip
-from core.backends import Backend, Precision, Runtime
-from core.encoder import Preprocess
+from core.encoders import openclip
+from core.encoders.protocol import Preprocess
+from core.encoders.towers.backends import Backend, Precision, Runtime
 from core.errors import EncoderUnavailable
+from service.worker import choose_device
 
-from ..worker import choose_device
 from .photos import photo
 from .telling import Absent
 

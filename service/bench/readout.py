@@ -16,14 +16,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from core.adapted import Adaptation
-from core.bank import Slots
+from core.adaptive.adaptation import Adaptation
+from core.adaptive.statistics import TEMPERATURES, Counted, Statistics
 from core.classify import Sample, classify
-from core.dynamic import DynamicMemory
-from core.shelves import Shelves
+from core.memory.bank import Slots
+from core.memory.dynamic import DynamicMemory
+from core.memory.static import Shots, StaticMemory
+from core.prepared_banks import Shelves
 from core.snapshot import DEFAULT_BETA, Snapshot
-from core.static import Shots, StaticMemory
-from core.statistics import TEMPERATURES, Counted, Statistics
 
 TAU = 100.0
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from core.shelves import Shelves
+from core.prepared_banks import Shelves
 
 from .readout import STEPS, Problem, drawn, medians, steps, threaded
 

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .. import remote
-from ..datasets import pictures_under
+from service import remote
+from service.datasets import pictures_under
+
 from .load import Client, Offered, arrivals, offer, saturate
 from .photos import photo
 from .telling import Absent

@@ -20,17 +20,17 @@ from redis.asyncio import Redis
 from rich.table import Table
 
 from core.numerics import unit
+from service.archive import Archive
+from service.errors import StoreDown
+from service.metrics import Metrics
+from service.stores.base import PushCandidate, StoredBank, StoredSlot
+from service.stores.connection import connect
+from service.stores.embedded import embedded_server
+from service.stores.redis import RedisStore
+from service.tenants import ClassSpec, TenantConfig
+from service.texts import TextFeatures
+from service.worker import Worker
 
-from ..archive import Archive
-from ..errors import StoreDown
-from ..metrics import Metrics
-from ..stores.base import PushCandidate, StoredBank, StoredSlot
-from ..stores.connection import connect
-from ..stores.embedded import embedded_server
-from ..stores.redis import RedisStore
-from ..tenants import ClassSpec, TenantConfig
-from ..texts import TextFeatures
-from ..worker import Worker
 from .telling import Absent
 
 GROUPS = (1, 32)

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import InvalidRequest
+from service.errors import InvalidRequest
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 PlotOption = Annotated[

@@ -18,10 +18,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from core.dynamic import Outcome
-
-from ..errors import StoreDown
-from ..tenants import TenantConfig
+from core.memory.dynamic import Outcome
+from service.errors import StoreDown
+from service.tenants import TenantConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, order=True)
@@ -39,7 +38,7 @@ class Stamp:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredSlot:
-    """One dynamic slot: id, entropy in nats, and the feature's bytes (`core.codec`)."""
+    """One dynamic slot: id, entropy in nats, and the feature's bytes (`core.memory.codec`)."""
 
     id: str
     entropy: float

@@ -29,7 +29,8 @@ from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool, SentinelMan
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS
 
-from ..errors import StoreDown
+from service.errors import StoreDown
+
 from .client import Single
 from .cluster import AWAY, Cluster
 from .faults import FAULTS, causes, down

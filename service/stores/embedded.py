@@ -37,9 +37,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from .. import logs
-from ..errors import StoreDown
-from ..settings import Settings
+from service import logs
+from service.errors import StoreDown
+from service.settings import Settings
+
 from .connection import LocalConnection
 
 Fsync = Literal["everysec", "always"]

@@ -8,7 +8,7 @@ from errno import EADDRNOTAVAIL, ECONNREFUSED, EHOSTUNREACH, ENETUNREACH
 
 from redis import exceptions as told
 
-from ..errors import StoreDown
+from service.errors import StoreDown
 
 FAULTS = (told.RedisError, OSError)
 """Everything that a client raises when the server, or the way to it, is at fault: what `down` explains."""

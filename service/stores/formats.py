@@ -27,8 +27,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from ..errors import FingerprintMismatch
-from ..tenants import TenantConfig
+from service.errors import FingerprintMismatch
+from service.tenants import TenantConfig
+
 from .base import Training
 
 MAJOR = 1

@@ -6,10 +6,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from core.dynamic import Outcome
+from core.memory.dynamic import Outcome
+from service.errors import StoreDown
+from service.tenants import TenantConfig, is_shadow
 
-from ..errors import StoreDown
-from ..tenants import TenantConfig, is_shadow
 from .base import (
     SEED,
     Allowance,
@@ -387,7 +387,7 @@ class InProcessStore:
         held.log.clear()
 
     def _enter(self, held: _Held, candidate: PushCandidate, changes: list[Change]) -> Verdict:
-        """Apply Eq. (5) to what is held now, as `core.dynamic.propose` and `apply` do; note what it changes."""
+        """Apply Eq. (5) to what is held now, as `core.memory.dynamic.propose` and `apply` do; note what it changes."""
         slot, bank = candidate.slot, held.slots.setdefault(candidate.class_id, {})
         if (candidate.class_id, slot.id) in held.barred:
             return Verdict(outcome=Outcome.REJECTED)

@@ -6,7 +6,8 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from ..settings import Settings
+from service.settings import Settings
+
 from .base import MemoryStore
 from .connection import connect
 from .embedded import embedded_server

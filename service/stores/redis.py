@@ -20,10 +20,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from core.dynamic import Outcome
+from core.memory.dynamic import Outcome
+from service.errors import Contended, FingerprintMismatch, StoreAway, StoreDown
+from service.tenants import TenantConfig, is_shadow
 
-from ..errors import Contended, FingerprintMismatch, StoreAway, StoreDown
-from ..tenants import TenantConfig, is_shadow
 from .base import (
     OFFSETS,
     SEED,

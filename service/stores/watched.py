@@ -7,9 +7,10 @@ from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, cast
 
-from .. import logs
-from ..errors import StoreAway, StoreDown
-from ..metrics import Metrics
+from service import logs
+from service.errors import StoreAway, StoreDown
+from service.metrics import Metrics
+
 from .base import MemoryStore
 
 PAUSE_S = 1.0

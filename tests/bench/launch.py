@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from core import openclip
-from core.encoder import Encoder
+from core.encoders import openclip
+from core.encoders.protocol import Encoder
 from service.cli import main
 from tests.bench.null import NullEncoder
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.encoder import Preprocess
+from core.encoders.protocol import Preprocess
 from core.numerics import unit
 
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")

@@ -19,7 +19,7 @@ from fastapi import Request
 from PIL import Image
 from torch import Tensor
 
-from core.encoder import Encoder, Preprocess
+from core.encoders.protocol import Encoder, Preprocess
 from core.prompts import DEFAULT_TEMPLATES, class_weights, prompts_of
 from tests.bench.launch import load
 from tests.bench.null import CLASSES

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.codec import decode_feature, encode_feature
-from core.dynamic import Candidate, DynamicMemory, Outcome, apply, propose
+from core.memory.codec import decode_features, encode_feature
+from core.memory.dynamic import Candidate, DynamicMemory, Outcome, apply, propose
 from service.stores.base import (
     Change,
     Conflict,
@@ -495,7 +495,7 @@ def by_core(memory: DynamicMemory, one: PushCandidate) -> tuple[DynamicMemory, V
     """Return what core's rule does with a candidate."""
     sample = Candidate(
         label=CLASSES.index(one.class_id),
-        key=decode_feature(one.slot.feature, 2),
+        key=decode_features(one.slot.feature, 2)[0],
         entropy=one.slot.entropy,
         id=one.slot.id,
     )

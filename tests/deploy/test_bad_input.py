@@ -17,7 +17,7 @@ import pytest
 from fastapi.testclient import TestClient
 from redis import Redis
 
-from core import openclip
+from core.encoders import openclip
 from service import cli, logs
 from service.app import create_app
 from service.settings import Settings

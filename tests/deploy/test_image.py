@@ -25,7 +25,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from core import openclip
+from core.encoders import openclip
 from tests.deploy.container import Builder, Image, Volumes, first, healthy, read_stages, read_steps, started
 from tests.deploy.dockers import DOCKER, DOCKERFILE, PROJECT
 from tests.deploy.observability import ROOT

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from core import openclip
+from core.encoders import openclip
 from core.numerics import unit
 from core.prompts import DEFAULT_TEMPLATES, class_weights, prompts_of
 

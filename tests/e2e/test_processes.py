@@ -20,7 +20,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from core import openclip
+from core.encoders import openclip
 from service.app import create_app
 from service.settings import Settings
 from service.stores.embedded import find_binary

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from core.projection import Projection
-from core.replay import Options, Replay, Stream, load_stream, replay, summary
+from core.evaluation.replay import Options, Replay, replay, summary
+from core.evaluation.stream_file import Stream, load_stream
+from core.readout.projection import Projection
 from tests.support import literal
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"

@@ -12,7 +12,7 @@ import pytest_asyncio
 import torch
 from pytest_asyncio import is_async_test
 
-from core.encoder import Encoder
+from core.encoders.protocol import Encoder
 from service import adapt
 from tests.support.house import PATIENCE_S, Build, GatedEncoder, House, SoftEncoder, opened
 

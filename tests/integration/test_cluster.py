@@ -29,16 +29,7 @@ from service.stores.base import (
 )
 from service.stores.keys import TENANTS, Keys
 from service.stores.redis import RedisStore
-from tests.soak.cluster import (
-    CONFIG,
-    NODE_TIMEOUT_MS,
-    PATIENCE_S,
-    Witness,
-    create,
-    stamp_of,
-    store_of,
-    tenants_on,
-)
+from tests.soak.cluster import CONFIG, NODE_TIMEOUT_MS, PATIENCE_S, Witness, create, stamp_of, store_of, tenants_on
 from tests.support.fakes import COLOURS, picture
 from tests.support.house import Build, House
 from tests.support.servers import BINARIES, Cluster, Node, client_of, cluster

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from core import lite
+from core.encoders import lite
 from service.stores.embedded import find_binary
 from tests.support.fakes import picture
 from tests.support.process import PATIENCE_S, URL, Command

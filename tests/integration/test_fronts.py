@@ -33,17 +33,7 @@ from service.settings import Settings
 from service.stores.base import StoredKey
 from service.stores.memory import InProcessStore
 from tests.support.fakes import FakeEncoder, picture
-from tests.support.house import (
-    PATIENCE_S,
-    UNHURRIED,
-    GatedEncoder,
-    House,
-    RawCall,
-    SoftEncoder,
-    problem,
-    soon,
-    until,
-)
+from tests.support.house import PATIENCE_S, UNHURRIED, GatedEncoder, House, RawCall, SoftEncoder, problem, soon, until
 from tests.support.replicas import without_housekeeper
 
 RED, GREEN, BLUE = (picture(name, 1) for name in ("red", "green", "blue"))

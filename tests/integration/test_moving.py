@@ -13,8 +13,8 @@ import pytest_asyncio
 import torch
 from torch import Tensor
 
-from core.codec import decode_features
-from core.encoder import Encoder
+from core.encoders.protocol import Encoder
+from core.memory.codec import decode_features
 from service import adapt
 from service import moving as service_moving
 from service.errors import FingerprintMismatch

@@ -14,17 +14,7 @@ import pytest_asyncio
 
 from service import transfer
 from tests.support.fakes import picture
-from tests.support.house import (
-    PATIENCE_S,
-    Build,
-    GatedEncoder,
-    SoftEncoder,
-    opened,
-    problem,
-    soon,
-    until,
-    zipped,
-)
+from tests.support.house import PATIENCE_S, Build, GatedEncoder, SoftEncoder, opened, problem, soon, until, zipped
 from tests.support.servers import BINARIES, Running, server
 
 BINARY = next((found for found in BINARIES.values() if found), None)

@@ -14,13 +14,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.adapted import Adaptation, Adapted
+from core.adaptive.adaptation import Adaptation, Adapted
+from core.adaptive.frozen_branches import Frozen
+from core.adaptive.statistics import Statistics
 from core.classify import Answers, Sample, classify
-from core.frozen import Frozen
-from core.shelves import Shelves
+from core.memory.static import Shots, StaticMemory
+from core.prepared_banks import Shelves
 from core.snapshot import Snapshot
-from core.static import Shots, StaticMemory
-from core.statistics import Statistics
 from tests.property.worlds import World, array, branches, close, joined, worlds
 from tests.support import literal_auto
 from tests.support.laws import examples

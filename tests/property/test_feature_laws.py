@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.codec import FEATURE_BYTES, decode_feature, encode_feature
 from core.errors import IncompatibleMemory, InvalidFeature
-from core.fusion import fuse
+from core.memory.codec import FEATURE_BYTES, decode_features, encode_feature
 from core.numerics import affinity, checked_unit, entropy, unit
 from core.prompts import class_weights, prompts_of
+from core.readout.fusion import fuse
 from tests.property.worlds import array, close, directions, gaussian
 from tests.support import literal
 
@@ -172,7 +172,7 @@ def test_a_feature_comes_back_from_bytes_bit_for_bit(rng: np.random.Generator, d
     feature = directions(rng, dim).to(torch.float16)
     data = encode_feature(feature)
     assert len(data) == FEATURE_BYTES * dim
-    back = decode_feature(data, dim)
+    back = decode_features(data, dim)[0]
     assert back.dtype == torch.float16
     assert torch.equal(back, feature)
     assert encode_feature(back) == data
@@ -181,12 +181,14 @@ def test_a_feature_comes_back_from_bytes_bit_for_bit(rng: np.random.Generator, d
 @given(SEEDS, DIMS)
 def test_half_precision_turns_a_unit_feature_by_little(rng: np.random.Generator, dim: int) -> None:
     feature = directions(rng, dim)
-    back = decode_feature(encode_feature(feature), dim)
+    back = decode_features(encode_feature(feature), dim)[0]
     assert (unit(back.float()) @ feature).item() > 1 - 1e-5
 
 
 @given(st.binary(max_size=30), st.integers(1, 12))
-def test_bytes_of_another_length_are_refused(data: bytes, dim: int) -> None:
-    if len(data) != FEATURE_BYTES * dim:
-        with pytest.raises(IncompatibleMemory, match=f"{len(data)} bytes; expected {FEATURE_BYTES * dim}"):
-            decode_feature(data, dim)
+def test_bytes_of_no_whole_number_of_features_are_refused(data: bytes, dim: int) -> None:
+    if len(data) % (FEATURE_BYTES * dim):
+        with pytest.raises(
+            IncompatibleMemory, match=f"{len(data)} bytes; expected a multiple of {FEATURE_BYTES * dim}"
+        ):
+            decode_features(data, dim)

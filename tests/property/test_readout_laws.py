@@ -11,15 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.bank import Slots, pack
 from core.classify import classify
-from core.dynamic import DynamicMemory
+from core.memory.bank import Slots, pack
+from core.memory.dynamic import DynamicMemory
 from core.numerics import unit
-from core.projection import Projection, project_query
-from core.readout import barrier, prepare, scores
-from core.shelves import Shelves
+from core.prepared_banks import Shelves
+from core.readout.projection import Projection, project_query
+from core.readout.scores import barrier, prepare, scores
 from core.snapshot import Snapshot
-from core.static import StaticMemory
 from tests.property.worlds import (
     World,
     array,
@@ -33,6 +32,7 @@ from tests.property.worlds import (
     worlds,
 )
 from tests.support import literal
+from tests.support.fakes import static_without_shots
 
 TAU = 100.0
 SCORE = 1e-4
@@ -253,7 +253,7 @@ def test_the_last_product_takes_the_unprojected_image(world: World, seed: int) -
         world.snapshot,
         text=text,
         dynamic=DynamicMemory.empty(classes, dim, 2),
-        static=StaticMemory.empty(classes, dim),
+        static=static_without_shots(classes, dim),
         projection=query,
     )
     close(Shelves(snapshot).scores(x)[0], snapshot.tau * x @ text.T, SCORE)
@@ -307,7 +307,7 @@ def test_padding_stays_small_however_uneven_the_classes(grown: tuple[World, list
     a_row = [4 * (w * dim + w * w + w * (1 + branches_) + projected * (3 * dim + 2 * w)) for w in widths]
     assert Shelves(snapshot).nbytes <= max(len(a_row), 4) * max(a_row)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("core.shelves._SMALL", 0)
+        patch.setattr("core.prepared_banks._SMALL", 0)
         assert Shelves(snapshot).nbytes <= 4 * sum(a_row) + 4 * 4 * max(a_row)
 
 
@@ -324,6 +324,6 @@ def _bytes(classes: int, dim: int = 8, slots: int = 7) -> int:
     snapshot = Snapshot(
         text=directions(rng, classes, dim),
         dynamic=DynamicMemory(classes=rows, slots=slots),
-        static=StaticMemory.empty(classes, dim),
+        static=static_without_shots(classes, dim),
     )
     return Shelves(snapshot).nbytes

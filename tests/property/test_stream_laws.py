@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from core.classify import Sample, classify
-from core.dynamic import Outcome
-from core.shelves import Shelves
+from core.memory.dynamic import Outcome
+from core.prepared_banks import Shelves
 from tests.property.worlds import World, array, branches, close, contents, joined, learned, run, worlds
 from tests.support import literal
 from tests.support.laws import examples

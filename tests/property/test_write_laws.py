@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import core.classify
-import core.dynamic
-import core.projection
-import core.readout
-import core.shelves
+import core.memory.dynamic
+import core.prepared_banks
+import core.readout.projection
+import core.readout.scores
 import core.snapshot
 from core.classify import Sample, classify
-from core.dynamic import Candidate, DynamicMemory, Outcome, apply, propose
-from core.replay import Options, Stream, replay
-from core.shelves import Shelves
+from core.evaluation.replay import Options, replay
+from core.evaluation.stream_file import Stream
+from core.memory.dynamic import Candidate, DynamicMemory, Outcome, apply, propose
+from core.prepared_banks import Shelves
 from core.snapshot import Snapshot
 from tests.property.worlds import World, after, as_candidates, contents, gaussian, learned, worlds
 
@@ -221,7 +222,14 @@ def _one_by_one(snapshot: Snapshot, samples: Sequence[Sample]) -> DynamicMemory:
 
 # --- no label on the learning path ----------------------------------------------------------------------------------
 
-LEARNING_PATH = (core.classify, core.dynamic, core.shelves, core.readout, core.snapshot, core.projection)
+LEARNING_PATH = (
+    core.classify,
+    core.memory.dynamic,
+    core.prepared_banks,
+    core.readout.scores,
+    core.snapshot,
+    core.readout.projection,
+)
 TRUTH = {"label", "labels", "target", "targets", "truth", "y", "y_true", "ground_truth", "gold"}
 
 

@@ -10,13 +10,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from core.bank import Slots
 from core.classify import Answers, Sample, classify
-from core.dynamic import Candidate, DynamicMemory, apply, propose
-from core.projection import Projection
-from core.shelves import Shelves
+from core.memory.bank import Slots
+from core.memory.dynamic import Candidate, DynamicMemory, apply, propose
+from core.memory.static import Shots, StaticMemory
+from core.prepared_banks import Shelves
+from core.readout.projection import Projection
 from core.snapshot import Snapshot
-from core.static import Shots, StaticMemory
 from tests.support import literal
 
 PROBABILITY = 1e-5

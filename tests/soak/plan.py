@@ -14,7 +14,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from core.encoder import Preprocess
+from core.encoders.protocol import Preprocess
 from core.numerics import unit
 from service.tenants import ClassSpec
 

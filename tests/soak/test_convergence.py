@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 from redis import Redis
 
-from core.codec import encode_feature
+from core.memory.codec import encode_feature
 from service.stores.embedded import find_binary
 from tests.soak.plan import Image, Options, class_specs, feature, images, steps
 from tests.soak.report import tell

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from core.codec import encode_feature
+from core.memory.codec import encode_feature
 from service import adapt
 from service.archive import HotMemory
 from service.desk import Question
@@ -36,7 +36,7 @@ def main() -> None:
     """Answer every line on stdin, a JSON object, by one on stdout, until there are no more."""
     torch.set_num_threads(1)
     # The encoder is brought along; open_clip takes seconds to import, in each of the processes.
-    sys.modules["core.openclip"] = ModuleType("core.openclip")
+    sys.modules["core.encoders.openclip"] = ModuleType("core.encoders.openclip")
     url, options = sys.argv[1], Options(**json.loads(sys.argv[2]))
     asyncio.run(_serve(url, options))
 

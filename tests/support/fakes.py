@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.encoder import Preprocess
+from core.encoders.protocol import Preprocess
+from core.memory.static import Shots, StaticMemory
 from core.numerics import unit
 
 COLOURS = {
@@ -79,3 +80,7 @@ def picture(colour: str = "red", seed: int = 0, *, form: str = "PNG", size: tupl
     file = BytesIO()
     Image.fromarray(pixels).save(file, form)
     return file.getvalue()
+
+
+def static_without_shots(classes: int, dim: int) -> StaticMemory:
+    return StaticMemory(classes=(Shots(keys=torch.empty(0, dim), ids=()),) * classes)

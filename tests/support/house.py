@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
-from core.encoder import Encoder
+from core.encoders.protocol import Encoder
 from service.app import create_app, open_rooms
 from service.rooms import Rooms
 from service.settings import Settings

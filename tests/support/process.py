@@ -31,17 +31,17 @@ _SERVERS = (b"valkey-server", b"redis-server")
 def with_encoder(module: str, name: str) -> str:
     """Return a script: the command as it is, but that any encoder is a new object of that class.
 
-    `core.openclip` is not imported, as it takes seconds. With `--http-workers` the command itself loads no encoder, and
-    the processes that do load the real one.
+    `core.encoders.openclip` is not imported, as it takes seconds. With `--http-workers` the command itself loads no
+    encoder, and the processes that do load the real one.
     """
     return f"""
 import sys
 from types import ModuleType
 if "--http-workers" not in sys.argv:
     from {module} import {name}
-    light = ModuleType("core.openclip")
+    light = ModuleType("core.encoders.openclip")
     light.load = lambda *_, **__: {name}()
-    sys.modules["core.openclip"] = light
+    sys.modules["core.encoders.openclip"] = light
 from service.cli import main
 sys.argv[0] = "dmn"
 main()

@@ -10,16 +10,15 @@ from typing import TypeVar
 
 import pytest
 
-from core.encoder import Encoder
+from core.encoders.protocol import Encoder
 from service import adapt, app
 from service.rooms import Rooms
 from service.settings import Settings
 from service.stores import opening
 from service.stores.base import StoredMemory, StoredShot, StoredSlot
 from service.stores.memory import InProcessStore
-
-from .clock import Clock
-from .fakes import FakeEncoder
+from tests.support.clock import Clock
+from tests.support.fakes import FakeEncoder
 
 PATIENCE_S = 60.0
 """How long anything may take that is no fault: no test asserts it."""

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from core.classify import CONFIDENT_SHARE, Answers, Sample, classify, confident_mean
-from core.dynamic import DynamicMemory, Outcome, SlotWrite
+from core.memory.dynamic import DynamicMemory, Outcome, SlotWrite
+from core.memory.static import Shots, StaticMemory
 from core.numerics import unit
-from core.projection import Projection
-from core.shelves import Shelves
+from core.prepared_banks import Shelves
+from core.readout.projection import Projection
 from core.snapshot import Snapshot
-from core.static import Shots, StaticMemory
+from tests.support.fakes import static_without_shots
 
 # --- the worked example: D = 4, C = 3, L = 2, tau = 100, beta = 5.5, one shot a class, one view an image -------------
 
@@ -170,7 +171,7 @@ def test_probabilities_are_averaged_and_not_logits() -> None:
 def test_the_sure_views_give_the_label_and_view_one_gives_the_key_and_the_answer() -> None:
     """View 1 leans to class 0; another view is sure of class 1: the image is stored under 1 with the key of view 1."""
     views = _rows((12, 10, 10, 10), (0, 1, 0, 0))
-    snapshot = replace(_example(), static=StaticMemory.empty(3, 4))
+    snapshot = replace(_example(), static=static_without_shots(3, 4))
     answers = classify(Shelves(snapshot), [Sample(views=views, id=7)])
     assert answers.writes[0].candidate.label == 1
     own = answers.memory.classes[1]
@@ -199,7 +200,7 @@ def test_the_text_offset_changes_labels_and_entropies_too() -> None:
 
 def test_the_write_comes_before_the_read() -> None:
     """An image alone in an empty memory is read with itself: its class rises above the text's own score."""
-    answers = classify(Shelves(replace(_example(), static=StaticMemory.empty(3, 4))), [_sample(IMAGES[0], 0)])
+    answers = classify(Shelves(replace(_example(), static=static_without_shots(3, 4))), [_sample(IMAGES[0], 0)])
     assert answers.static is None
     assert answers.dynamic[0, 0] > answers.text[0, 0] + 0.03
 
@@ -274,13 +275,13 @@ def test_half_precision_slots_cost_little() -> None:
 
 
 def test_one_class_is_always_right() -> None:
-    snapshot = Snapshot(text=_rows((1, 0)), dynamic=DynamicMemory.empty(1, 2, 1), static=StaticMemory.empty(1, 2))
+    snapshot = Snapshot(text=_rows((1, 0)), dynamic=DynamicMemory.empty(1, 2, 1), static=static_without_shots(1, 2))
     answers = classify(Shelves(snapshot), [_sample((0, 1), 0)])
     assert answers.fused.tolist() == [[1.0]]
     assert answers.writes[0].candidate.entropy == pytest.approx(0.0, abs=1e-6)
 
 
 def test_entropy_is_that_of_the_sure_mean_in_nats() -> None:
-    snapshot = Snapshot(text=torch.eye(4), dynamic=DynamicMemory.empty(4, 4, 1), static=StaticMemory.empty(4, 4))
+    snapshot = Snapshot(text=torch.eye(4), dynamic=DynamicMemory.empty(4, 4, 1), static=static_without_shots(4, 4))
     answers = classify(Shelves(snapshot), [_sample((1, 1, 1, 1), 0)])
     assert answers.writes[0].candidate.entropy == pytest.approx(math.log(4), abs=1e-6)

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from core.bank import Slots
-from core.dynamic import DynamicMemory
+from core.memory.bank import Slots
+from core.memory.dynamic import DynamicMemory
+from core.memory.static import Shots, StaticMemory
 from core.snapshot import DEFAULT_BETA, DEFAULT_SLOTS, Snapshot
-from core.static import Shots, StaticMemory
 
 
 def _snapshot() -> Snapshot:

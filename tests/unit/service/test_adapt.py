@@ -15,16 +15,10 @@ import torch
 from torch import Tensor
 
 from core.classify import Sample, classify
-from core.codec import encode_feature
+from core.memory.codec import encode_feature
 from service import adapt, upkeep
 from service.adapt import LabelledImage
-from service.errors import (
-    FingerprintMismatch,
-    InvalidRequest,
-    StoreDown,
-    TooManyImages,
-    UnknownClass,
-)
+from service.errors import FingerprintMismatch, InvalidRequest, StoreDown, TooManyImages, UnknownClass
 from service.rooms import Rooms
 from service.stores.base import (
     Conflict,

@@ -12,11 +12,11 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
+from core.adaptive.statistics import TEMPERATURES, Counted
 from core.classify import Sample, classify
-from core.codec import decode_feature, encode_feature
-from core.dynamic import DynamicMemory
+from core.memory.codec import decode_features, encode_feature
+from core.memory.dynamic import DynamicMemory
 from core.numerics import unit
-from core.statistics import TEMPERATURES, Counted
 from service.archive import Archive, HotMemory
 from service.errors import FingerprintMismatch, NoClasses, StoreAway, StoreDown, UnknownTenant
 from service.metrics import Metrics
@@ -132,7 +132,7 @@ def slots_of(memory: DynamicMemory) -> list[dict[str, float]]:
     """Return ids and entropies by class; the features must be those that were stored."""
     for bank in memory.classes:
         for id_, key in zip(bank.ids, bank.keys, strict=True):
-            assert torch.equal(key, decode_feature(encode_feature(feature(str(id_))), DIM))
+            assert torch.equal(key, decode_features(encode_feature(feature(str(id_))), DIM)[0])
     return [dict(zip(map(str, bank.ids), bank.entropies, strict=True)) for bank in memory.classes]
 
 

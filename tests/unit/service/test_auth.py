@@ -7,17 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from service.auth import (
-    FRESH_S,
-    Caller,
-    Gate,
-    Scope,
-    claimed_tenant,
-    hash_of,
-    id_of,
-    named_tenant,
-    new_key,
-)
+from service.auth import FRESH_S, Caller, Gate, Scope, claimed_tenant, hash_of, id_of, named_tenant, new_key
 from service.errors import Forbidden, InvalidRequest, StoreDown, Unauthenticated
 from service.settings import DEFAULT_TENANT
 from service.stores.base import StoredKey, tenant_of_key

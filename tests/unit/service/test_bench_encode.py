@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from core import openclip
-from core.encoder import Preprocess
+from core.encoders import openclip
+from core.encoders.protocol import Preprocess
 from core.errors import EncoderUnavailable
 from core.numerics import unit
 from service.bench import cli, encode

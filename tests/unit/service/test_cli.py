@@ -19,9 +19,9 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from core import openclip
+from core.encoders import openclip
 from core.errors import EncoderUnavailable
-from core.orders import KINDS
+from core.evaluation.stream_orders import KINDS
 from service import cli, locksmith, logs, serve
 from service.settings import Settings
 from tests.support.fakes import FakeEncoder, picture

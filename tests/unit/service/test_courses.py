@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from core.measures import Marks
+from core.evaluation.metrics import Marks
 from service.courses import Course, tail, together
 
 

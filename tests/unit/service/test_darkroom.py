@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from core.encoder import Preprocess
+from core.encoders.protocol import Preprocess
 from service import darkroom
 from service.darkroom import Darkroom
 from service.images import Heavy, ImageLimits, ImageUnreadable, decode, develop

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from core.classify import Answers, Sample
 from core.classify import classify as classify_in_core
-from core.codec import encode_feature
+from core.memory.codec import encode_feature
 from core.numerics import affinity, unit
-from core.shelves import Shelves
+from core.prepared_banks import Shelves
 from core.snapshot import Method
 from service import desk as desk_module
 from service.archive import Archive

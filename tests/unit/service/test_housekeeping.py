@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from core.codec import encode_feature
-from core.encoder import Encoder
+from core.encoders.protocol import Encoder
+from core.memory.codec import encode_feature
 from core.numerics import unit
 from service import adapt, app, housekeeping, logs
 from service.archive import HotMemory

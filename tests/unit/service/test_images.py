@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from core.encoder import Preprocess
-from core.views import digest, plain, seed_of, views
+from core.encoders.protocol import Preprocess
+from core.encoders.views import augmented, digest, joined, plain, seed_of
 from service import images
 from service.images import (
     Developed,
@@ -507,7 +507,8 @@ def test_an_image_is_developed_to_the_views_that_core_draws(count: int) -> None:
     first = plain(pictures.scene(), HOW)
     developed = develop(pictures.png(), views=count, how=HOW, limits=LIMITS)
     assert developed.pixels.dtype == torch.uint8
-    assert torch.equal(developed.pixels, views(pictures.scene(), count, HOW, seed=seed_of(first)))
+    others = augmented(pictures.scene(), count - 1, HOW, seed=seed_of(first))
+    assert torch.equal(developed.pixels, joined(first, others))
     assert developed.digest == digest(first)
 
 

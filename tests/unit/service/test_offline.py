@@ -16,8 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from core import openclip
-from core.orders import Kind
+from core.encoders import openclip
+from core.evaluation.stream_orders import Kind
 from service import evaluation, logs, offline
 from service.desk import Choice, Learned, Reading
 from service.errors import InvalidRequest

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from core.classify import text_scores
-from core.codec import decode_feature
 from core.errors import IncompatibleMemory
+from core.memory.codec import decode_features
 from core.numerics import entropy
-from core.projection import Projection, project_text
+from core.readout.projection import Projection, project_text
 from service import adapt, snapshots, transfer, upkeep
 from service.archive import encode_offsets, projection_of
 from service.classify import ClassifyCall, classify
@@ -134,7 +134,7 @@ async def test_stored_slots_are_scored_anew_under_the_offsets_and_again_without_
     count = 0
     for at, spec in enumerate(found.record.config.classes):
         for slot in found.slots.get(spec.id, ()):
-            feature = decode_feature(slot.feature, FakeEncoder.dim).float()[None]
+            feature = decode_features(slot.feature, FakeEncoder.dim)[0].float()[None]
             p = text_scores(feature, head, rooms.encoder.logit_scale).exp()
             assert int(p.argmax()) == at
             assert slot.entropy == pytest.approx(entropy(p).item(), rel=1e-5)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from core import openclip
+from core.encoders import openclip
 from service import offline
 from service.errors import InvalidRequest
 from service.evaluation import Plan

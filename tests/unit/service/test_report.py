@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from core.measures import Marks
+from core.evaluation.metrics import Marks
 from service import curves, report
 from service.courses import Course
 from service.curves import running

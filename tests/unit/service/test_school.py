@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.training import DEFAULT_EPOCHS
+from core.training.recipe import DEFAULT_EPOCHS
 from service import cli, transfer
 from service.app import open_rooms
 from service.settings import DEFAULT_TENANT, Settings

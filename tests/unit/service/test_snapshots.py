@@ -11,18 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.codec import encode_feature
+from core.memory.codec import encode_feature
 from core.numerics import unit
 from service import adapt, snapshots
 from service.adapt import LabelledImage
 from service.desk import Question
-from service.errors import (
-    FingerprintMismatch,
-    InvalidRequest,
-    LimitExceeded,
-    ServiceError,
-    UnknownSnapshot,
-)
+from service.errors import FingerprintMismatch, InvalidRequest, LimitExceeded, ServiceError, UnknownSnapshot
 from service.rooms import Rooms
 from service.stores.base import PushCandidate, SnapshotInfo, StoredBank, StoredSlot
 from service.tenants import ClassSpec, TenantConfig, class_id

@@ -9,8 +9,8 @@ from dataclasses import fields
 import pytest
 import torch
 
+from core.adaptive.statistics import LOOSE, TEMPERATURES, Counted, Statistics
 from core.errors import IncompatibleMemory
-from core.statistics import LOOSE, TEMPERATURES, Counted, Statistics
 from service.errors import StoreAway
 from service.stores.base import Count, ReloadNeeded, Stamp, StoredStatistics
 from service.stores.memory import InProcessStore

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.codec import decode_feature, encode_feature
+from core.memory.codec import decode_features, encode_feature
 from core.numerics import unit
 from core.snapshot import Snapshot
 from service import adapt, upkeep
@@ -183,7 +183,7 @@ class Door:
 
 def by_hand(feature: bytes, text: Tensor) -> tuple[int, float]:
     """Return label and entropy of a stored feature, Eq. (4), worked out in double precision by itself."""
-    x = decode_feature(feature, FakeEncoder.dim).double()
+    x = decode_features(feature, FakeEncoder.dim)[0].double()
     p = (TAU * text.double() @ x).softmax(0).numpy()
     return int(p.argmax()), float(-(p * np.log(p + 1e-8)).sum())
 

@@ -1,0 +1,1 @@
+"""Method `auto`: streaming statistics, whitening and the branches frozen from shots."""

@@ -1,0 +1,1 @@
+"""Encoders: the protocol, open_clip, the built-in `lite` encoder, weights and views."""

@@ -1,0 +1,1 @@
+"""Replay of recorded streams and its metrics."""

@@ -1,0 +1,1 @@
+"""Few-shot training of the offsets, Eq. (16)."""
