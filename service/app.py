@@ -19,37 +19,39 @@ from prometheus_client import CollectorRegistry, disable_created_metrics
 from core.encoders import openclip
 from core.encoders.protocol import Encoder
 from core.encoders.towers.backends import Runtime
-from service.api.porch import Porch
-from service.api.shortcut import Shortcut
-from service.stores.base import MemoryStore
-from service.stores.embedded import free_bytes, settled
-from service.stores.opening import open_store
-from service.stores.watched import watched
+from service.access.authentication import Gate
+from service.access.idempotency import Ledger
+from service.access.import_slots import Dock
+from service.access.quotas import Quotas
+from service.api.middleware import Porch
+from service.api.routes import admin, classify, health, jobs, memory, pages, tenants
+from service.api.routes.classify_fast_path import Shortcut
+from service.background.jobs import Jobs
+from service.background.shadow_queue import Shadows
+from service.concurrency.worker_thread import Worker, batch_on, choose_device
+from service.images.decode import ImageLimits
+from service.inference.batching import Batcher
+from service.inference.decode_pool import Darkroom
+from service.inference.predictor import Desk
+from service.memory.cache import Archive
+from service.memory.text_features import TextFeatures
+from service.stores.embedded.server import free_bytes, settled
+from service.stores.factory import open_store
+from service.stores.instrumented import watched
+from service.stores.protocol import MemoryStore
+from service.telemetry.metrics import Metrics, divided
+from service.tenants.maintenance import keep_house
+from service.tenants.migration import Filler
 
-from . import adapt, logs, tracing
-from .api import admin, classify, document, health, jobs, memory, pages, problems, tenants
-from .archive import Archive
-from .auth import Gate
-from .batching import Batcher
-from .darkroom import Darkroom
-from .desk import Desk
-from .dock import Dock
+from .api import openapi, problems
 from .errors import StoreDown
-from .housekeeping import keep_house
-from .idempotency import Ledger
-from .images import ImageLimits
-from .jobs import Jobs
-from .metrics import Metrics, divided
-from .moving import Filler
-from .quotas import Quotas
-from .rooms import Rooms
+from .services import Rooms
 from .settings import Settings, operator_key_of
-from .shadows import Shadows
-from .texts import TextFeatures
-from .worker import Worker, batch_on, choose_device
+from .telemetry import logs, tracing
+from .tenants import configuration
 
 if TYPE_CHECKING:
-    from .spans import Spans
+    from service.telemetry.spans import Spans
 
 NAME = "dmn-clip-service"
 
@@ -85,7 +87,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
         docs_url=None,  # the framework's own loads its scripts from somebody else's server
         redoc_url=None,
         responses={422: {"description": ""}},  # the framework's own would be no problem (api/document.py)
-        # Its own spans, where it makes any, hold addresses and the texts of errors; ours do not (service/spans.py).
+        # Its own spans, where it makes any, hold addresses and texts of errors; ours do not (telemetry/spans.py).
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.add_middleware(Shortcut, route=classify.ROUTE)
@@ -100,7 +102,7 @@ def create_app(settings: Settings, rooms: Rooms | None = None) -> FastAPI:
     problems.register(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)
-    document.describe(app, settings)
+    openapi.describe(app, settings)
     return app
 
 
@@ -137,7 +139,7 @@ async def open_rooms(
             rooms = _furnish(settings, encoders, (worker, reader), store, traces, clock or time.monotonic)
             for own in encoders:
                 await worker.run(_warm_up, own)
-            await adapt.ensure_default(rooms)
+            await configuration.ensure_default(rooms)
             async with _kept(rooms):
                 logs.event(logs.STARTED, encoder=encoders[0].name, device=str(device), store=settings.store_kind)
                 yield rooms

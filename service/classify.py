@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from . import logs, upkeep
-from .desk import Question, Reading
+from service.images.decode import Developed, ImageFault
+from service.inference.predictor import Question, Reading
+from service.telemetry.metrics import Lap
+
+from .background import reindex
 from .errors import DeadlineExceeded, Internal, LimitExceeded, NoClasses, ServiceError, TooManyImages
-from .images import Developed, ImageFault
-from .metrics import Lap
-from .rooms import Rooms
+from .services import Rooms
 from .settings import Settings
+from .telemetry import logs
 
 T = TypeVar("T")
 
@@ -75,7 +77,7 @@ async def classify(rooms: Rooms, call: ClassifyCall) -> list[Reading | Fault]:
         rooms.traces.stages([whole or own for whole, own in zip(told, laps, strict=True)])
     if any(isinstance(result, Reading) and result.due for result in results):
         with suppress(ServiceError):  # the answer stands; the next one who meets the memory tries again
-            await upkeep.resume(rooms, call.tenant)
+            await reindex.resume(rooms, call.tenant)
     return results
 
 

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.stores.embedded import free_bytes
+from service.stores.embedded.server import free_bytes
 
 from .errors import StoreDown
-from .rooms import Rooms
+from .services import Rooms
 
 _LOOK_S = 1.0
 

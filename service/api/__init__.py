@@ -1,1 +1,1 @@
-"""The porch: routes and what goes over the wire. It never imports a store."""
+"""HTTP: routes, request and response models, middleware. Nothing here imports a store."""

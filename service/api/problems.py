@@ -14,16 +14,16 @@ from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from service import logs
+from service.api.routes.pages import page
+from service.api.schemas.base import Problem
 from service.classify import Fault
 from service.errors import PROBLEMS, InvalidRequest, NotFound, RateLimited, ServiceError
-from service.images import ImageFault
-from service.metrics import Metrics
-from service.rooms import Rooms
+from service.images.decode import ImageFault
+from service.services import Rooms
+from service.telemetry import logs
+from service.telemetry.metrics import Metrics
 
-from .guard import Guarded
-from .pages import page
-from .schemas import Problem
+from .security import Guarded
 
 MEDIA_TYPE = "application/problem+json"
 

@@ -1,6 +1,6 @@
 """`dmn bench`: figures that anyone can measure again, one part a module.
 
-A part is a module of this package with three functions, and one command in `service.bench.cli` that gives it options:
+A part is a module of this package with three functions, and one command in `service.cli.bench` that gives it options:
 
 - `measure(...) -> dict[str, Any]` returns plain figures, ready for JSON. What is compared is measured in one run, in
   turns, and told as medians and ratios. It raises `Absent` where a device or a package is not there: never a made-up

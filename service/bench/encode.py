@@ -26,10 +26,10 @@ from core.encoders import openclip
 from core.encoders.protocol import Preprocess
 from core.encoders.towers.backends import Backend, Precision, Runtime
 from core.errors import EncoderUnavailable
-from service.worker import choose_device
+from service.concurrency.worker_thread import choose_device
 
-from .photos import photo
-from .telling import Absent
+from .images import photo
+from .output import Absent
 
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 DTYPES: tuple[Precision, ...] = get_args(Precision)[1:]

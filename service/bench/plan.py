@@ -18,7 +18,7 @@ _SYNC_S = 0.2
 """How often a pod asks for a tenant's version at most: DMN_SYNC_MS."""
 
 _EXCHANGE_S = 5.0
-"""How often a pod writes a tenant's statistics and reads others': `service.tallies.EXCHANGE_S`."""
+"""How often a pod writes a tenant's statistics and reads others': `service.memory.statistics.EXCHANGE_S`."""
 
 _GIB = 1 << 30
 _MEGABIT = 1e6 / 8

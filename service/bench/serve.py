@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from service import remote
-from service.datasets import pictures_under
+from service.client import check, connected
+from service.evaluation.datasets import pictures_under
 
+from .images import photo
 from .load import Client, Offered, arrivals, offer, saturate
-from .photos import photo
-from .telling import Absent
+from .output import Absent
 
 CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 
@@ -158,12 +158,12 @@ def _read(directory: Path) -> list[bytes]:
 def _tenant(address: str) -> Iterator[str]:
     """Make a tenant that is there as long as it is needed."""
     name = f"bench-{secrets.token_hex(4)}"
-    with remote.connected(address, name) as client:
-        remote.check(client.put(f"/tenants/{name}", json={"classes": CLASSES}))
+    with connected(address, name) as client:
+        check(client.put(f"/tenants/{name}", json={"classes": CLASSES}))
         try:
             yield name
         finally:
-            remote.check(client.delete(f"/tenants/{name}"))
+            check(client.delete(f"/tenants/{name}"))
 
 
 @contextmanager
@@ -178,7 +178,7 @@ def _served(url: str | None, serving: Sequence[str]) -> Iterator[str]:
         return
     with TemporaryDirectory(prefix="dmn-bench-", ignore_cleanup_errors=True) as folder:
         log = Path(folder, "log")
-        command = [sys.executable, "-c", "from service.cli import main; main()", "serve", "--port", "0", *serving]
+        command = [sys.executable, "-c", "from service.cli.main import main; main()", "serve", "--port", "0", *serving]
         settings = {"DMN_LOG_LEVEL": "error", "DMN_DRAIN_DELAY_S": "0", "DMN_DATA_DIR": str(Path(folder, "data"))}
         with log.open("wb") as said:
             service = subprocess.Popen(  # noqa: S603 - ourselves

@@ -20,18 +20,18 @@ from redis.asyncio import Redis
 from rich.table import Table
 
 from core.numerics import unit
-from service.archive import Archive
+from service.concurrency.worker_thread import Worker
+from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import StoreDown
-from service.metrics import Metrics
-from service.stores.base import PushCandidate, StoredBank, StoredSlot
-from service.stores.connection import connect
-from service.stores.embedded import embedded_server
-from service.stores.redis import RedisStore
-from service.tenants import ClassSpec, TenantConfig
-from service.texts import TextFeatures
-from service.worker import Worker
+from service.memory.cache import Archive
+from service.memory.text_features import TextFeatures
+from service.stores.connection.pools import connect
+from service.stores.embedded.server import embedded_server
+from service.stores.protocol import PushCandidate, StoredBank, StoredSlot
+from service.stores.redis.store import RedisStore
+from service.telemetry.metrics import Metrics
 
-from .telling import Absent
+from .output import Absent
 
 GROUPS = (1, 32)
 """Images pushed together."""

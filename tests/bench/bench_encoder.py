@@ -29,8 +29,8 @@ import open_clip
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import save_file
 
+from service.bench.images import photo
 from service.bench.load import Client, saturate
-from service.bench.photos import photo
 from tests.bench.fleet import Server, clean_environment, medians, missing, only, ours, peer, ratio, running, settings_of
 from tests.bench.telling import tell
 

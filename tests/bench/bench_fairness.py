@@ -23,8 +23,8 @@ from typing import Any
 import httpx
 import numpy as np
 
+from service.bench.images import photo
 from service.bench.load import Client
-from service.bench.photos import photo
 from tests.bench.fleet import Server, ours, running, settings_of
 from tests.bench.telling import tell
 

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 import httpx
 
-from service.bench.photos import photo
+from service.bench.images import photo
 from tests.bench.null import CLASSES
 from tests.support.process import ROOT, until
 from tests.support.servers import HOST, free_ports

@@ -10,7 +10,7 @@ from typing import Any
 
 from core.encoders import openclip
 from core.encoders.protocol import Encoder
-from service.cli import main
+from service.cli.main import main
 from tests.bench.null import NullEncoder
 
 _load = openclip.load

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from service.bench.telling import stamp
+from service.bench.output import stamp
 
 
 def tell(

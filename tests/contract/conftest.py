@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from service.stores.base import MemoryStore
-from service.stores.connection import connect
-from service.stores.memory import LOG_LENGTH, InProcessStore
-from service.stores.redis import LOG_LENGTH as REDIS_LOG_LENGTH
-from service.stores.redis import RedisStore
+from service.stores.connection.pools import connect
+from service.stores.in_process import LOG_LENGTH, InProcessStore
+from service.stores.protocol import MemoryStore
+from service.stores.redis.store import LOG_LENGTH as REDIS_LOG_LENGTH
+from service.stores.redis.store import RedisStore
 from tests.support.servers import BINARIES, cluster, server
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.stores.base import MemoryStore, StoredKey, tenant_of_key
+from service.stores.protocol import MemoryStore, StoredKey, tenant_of_key
 from tests.contract.test_store import create
 
 TENANTS = ("zoo", "a_b", "a", "x.y-z", "")

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from service.stores.base import (
+from service.domain.tenant import TenantConfig, class_id
+from service.stores.protocol import (
     Conflict,
     MemoryStore,
     ReloadNeeded,
@@ -17,7 +18,6 @@ from service.stores.base import (
     Training,
     labelling_of,
 )
-from service.tenants import TenantConfig, class_id
 from tests.contract.test_store import CATS, DOGS, FINGERPRINT, candidate, config, contents, create, push, shot, stamp_of
 
 TRAINING = Training(

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.stores.base import Allowance, Lease, MemoryStore, Quota
-from service.stores.limits import NEARLY, OwnLimits
+from service.stores.protocol import Allowance, Lease, MemoryStore, Quota
+from service.stores.token_bucket import NEARLY, OwnLimits
 from tests.contract.conftest import Opened, Row
 
 SLOW = 1e-3

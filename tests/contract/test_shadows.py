@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from service.stores.base import MemoryStore, PushCandidate, StoredSlot
-from service.tenants import shadow_of
+from service.domain.tenant import shadow_of
+from service.stores.protocol import MemoryStore, PushCandidate, StoredSlot
 from tests.contract.test_store import create
 
 SHADOW = shadow_of("a")

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from service.stores.base import (
+from service.domain.tenant import class_id
+from service.stores.protocol import (
     SEED,
     Count,
     MemoryStore,
@@ -22,8 +23,7 @@ from service.stores.base import (
     TenantRecord,
     shown_of,
 )
-from service.stores.redis import RedisStore
-from service.tenants import class_id
+from service.stores.redis.store import RedisStore
 from tests.contract.conftest import Opened
 from tests.contract.test_store import (
     CATS,

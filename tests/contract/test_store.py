@@ -1,4 +1,4 @@
-"""What every store keeps to, seen through the protocol of `service.stores.base` alone."""
+"""What every store keeps to, seen through the protocol of `service.stores.protocol` alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from core.memory.codec import decode_features, encode_feature
 from core.memory.dynamic import Candidate, DynamicMemory, Outcome, apply, propose
-from service.stores.base import (
+from service.domain.tenant import ClassSpec, TenantConfig, class_id
+from service.stores.in_process import JOBS
+from service.stores.protocol import (
     Change,
     Conflict,
     Job,
@@ -34,8 +36,6 @@ from service.stores.base import (
     Verdict,
     digest_of,
 )
-from service.stores.memory import JOBS
-from service.tenants import ClassSpec, TenantConfig, class_id
 from tests.contract.conftest import Opened, Row
 
 CATS, DOGS = class_id("cats"), class_id("dogs")

@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from service.api.guard import NEEDS
+from service.access.authentication import Scope
+from service.api.security import NEEDS
 from service.app import create_app
-from service.auth import Scope
+from service.multiprocess.supervisor import _MARGIN_S
 from service.settings import Settings
-from service.steward import _MARGIN_S
-from service.stores.embedded import _STOP_S
+from service.stores.embedded.server import _STOP_S
 from tests.deploy.observability import ROOT, exposed, grouped, selected
 
 KUSTOMIZE = ROOT / "deploy" / "kustomize"

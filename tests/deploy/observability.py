@@ -13,7 +13,7 @@ import yaml
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from service.metrics import Metrics
+from service.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 HERE = ROOT / "deploy" / "observability"

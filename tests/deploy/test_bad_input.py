@@ -18,9 +18,10 @@ from fastapi.testclient import TestClient
 from redis import Redis
 
 from core.encoders import openclip
-from service import cli, logs
 from service.app import create_app
+from service.cli import main
 from service.settings import Settings
+from service.telemetry import logs
 from tests.deploy.manifests import overlay, settings_of
 from tests.support.fakes import FakeEncoder
 from tests.support.process import Command
@@ -62,7 +63,7 @@ def ended(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
             monkeypatch.setenv(name, value)
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
         told = capsys.readouterr()
         assert end.value.code == 2, told.err
         assert not told.out

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from compose_spec import PyCompose
 
+from service.multiprocess.supervisor import _MARGIN_S
 from service.settings import Settings
-from service.steward import _MARGIN_S
 from tests.deploy.container import read_stages
 from tests.deploy.dockers import COMPOSE, DOCKER, DOCKERFILE, IMAGES, SERVICES
 from tests.deploy.observability import read

@@ -17,8 +17,8 @@ from cloudcoil.models.istio.networking import v1 as istio
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 
-from service.stores import place
-from service.stores.connection import check, connect
+from service.stores.connection import url
+from service.stores.connection.pools import check, connect
 from tests.deploy.manifests import (
     ADAPTER,
     COMPONENTS,
@@ -152,7 +152,7 @@ def test_without_a_store_of_its_own_a_service_is_told_of_one_by_a_secret(name: s
 def test_a_service_may_call_a_store_of_every_kind_at_its_usual_port(name: str) -> None:
     (policy,) = (one for one in of_kind(overlay(name), "NetworkPolicy") if one["metadata"]["name"] == "dmn")
     let_out = {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]}
-    assert {port for port in place._PORTS.values() if port} <= let_out
+    assert {port for port in url._PORTS.values() if port} <= let_out
 
 
 # Wrong ones -----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from service import cli
+from service.cli import main
 from tests.support.process import Command
 
 
@@ -34,7 +34,7 @@ def test_a_running_service_is_measured_and_left_as_it_was(url: str, tmp_path: Pa
 
 def test_a_service_that_cannot_be_started_is_skipped_with_its_own_words() -> None:
     arguments = ["bench", "serve", "--device", "no-such-device", "--json"]
-    result = CliRunner().invoke(cli.app, arguments, env={"DMN_ENCODER": "fake"})
+    result = CliRunner().invoke(main.app, arguments, env={"DMN_ENCODER": "fake"})
     assert result.exit_code == 0, result.output
     assert "no-such-device" in json.loads(result.stdout)["skipped"]
 
@@ -44,6 +44,6 @@ def test_a_service_that_does_not_answer_ends_it_with_2(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["dmn", "bench", "serve", "--url", "http://127.0.0.1:9"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 2
     assert "No service answers" in capsys.readouterr().err

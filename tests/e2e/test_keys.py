@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.stores.embedded import find_binary
+from service.stores.embedded.server import find_binary
 from tests.support.fakes import picture
 from tests.support.process import PATIENCE_S, Command
 from tests.support.servers import BINARIES, server
@@ -69,7 +69,7 @@ def store() -> Iterator[str]:
 
 
 def test_a_key_is_made_and_revoked_for_all_processes_of_all_services(store: str) -> None:
-    """How soon a revoked key is refused is a law of `service.auth`, whose clock its own tests hold."""
+    """How soon a revoked key is refused is a law of `service.access.authentication`, whose clock its own tests hold."""
     with served(store) as one, served(store, "--http-workers", "2") as other:
         urls = (one.url(), *(other.url(),) * 4)  # each connection may meet another of its HTTP processes
         (line,) = [json.loads(line) for line in one.err if "dmn.auth.no_keys" in line]

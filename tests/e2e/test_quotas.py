@@ -10,7 +10,7 @@ import httpx
 import pytest
 from redis import Redis
 
-from service.stores.keys import Keys
+from service.stores.redis.keys import Keys
 from tests.support.fakes import picture
 from tests.support.process import WITH_FAKE, Command
 from tests.support.servers import BINARIES, server

@@ -12,8 +12,8 @@ from tests.support.process import PATIENCE_S, Command
 
 HANGING = """
 import sys, time
-from core import openclip
-from service.cli import main
+from core.encoders import openclip
+from service.cli.main import main
 from tests.support.fakes import FakeEncoder
 
 class Hanging(FakeEncoder):

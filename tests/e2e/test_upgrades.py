@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(BINARIES["valkey"] is None, reason="no Valkey or
 
 NAMED = """
 import sys
-from service.cli import main
-from core import openclip
+from service.cli.main import main
+from core.encoders import openclip
 from tests.support.fakes import FakeEncoder
 class Named(FakeEncoder):
     def __init__(self, name):

@@ -21,9 +21,9 @@ from redis import Redis as Admin
 from redis.asyncio import Redis
 
 from service.errors import StoreDown
-from service.stores.base import Remembered
-from service.stores.connection import check, connect
-from service.stores.redis import RedisStore
+from service.stores.connection.pools import check, connect
+from service.stores.protocol import Remembered
+from service.stores.redis.store import RedisStore
 from tests.support import servers
 from tests.support.servers import BINARIES, HOST, SERVICE, Cluster, Running, cluster, sentinel, server, until
 

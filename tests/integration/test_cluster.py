@@ -16,7 +16,7 @@ import pytest
 import pytest_asyncio
 
 from service.errors import StoreDown
-from service.stores.base import (
+from service.stores.protocol import (
     Job,
     JobState,
     PushCandidate,
@@ -27,8 +27,8 @@ from service.stores.base import (
     StoredShot,
     StoredSlot,
 )
-from service.stores.keys import TENANTS, Keys
-from service.stores.redis import RedisStore
+from service.stores.redis.keys import TENANTS, Keys
+from service.stores.redis.store import RedisStore
 from tests.soak.cluster import CONFIG, NODE_TIMEOUT_MS, PATIENCE_S, Witness, create, stamp_of, store_of, tenants_on
 from tests.support.fakes import COLOURS, picture
 from tests.support.house import Build, House

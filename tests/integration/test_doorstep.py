@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from starlette.types import Receive, Scope, Send
 
-from service.door import Door
+from service.server.http_server import Door
 from service.settings import Settings
 from tests.support.fakes import picture
 from tests.support.house import PATIENCE_S, UNHURRIED, House, opened, until

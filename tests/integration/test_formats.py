@@ -11,12 +11,12 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from service.app import open_rooms
+from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import FingerprintMismatch, StoreDown
 from service.settings import Settings
-from service.stores.base import Job, JobState, SnapshotInfo, Stamp, StoredKey, StoredOffsets, Training
-from service.stores.connection import connect
-from service.stores.redis import RedisStore
-from service.tenants import ClassSpec, TenantConfig
+from service.stores.connection.pools import connect
+from service.stores.protocol import Job, JobState, SnapshotInfo, Stamp, StoredKey, StoredOffsets, Training
+from service.stores.redis.store import RedisStore
 from tests.support.fakes import FakeEncoder
 from tests.support.servers import BINARIES, Running, server
 

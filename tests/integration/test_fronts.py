@@ -18,20 +18,21 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service import darkroom, window
-from service import front as front_module
+from service.access.authentication import hash_of, new_key
 from service.app import open_rooms
-from service.auth import hash_of, new_key
-from service.back import serving
 from service.errors import StoreDown
-from service.front import Front
-from service.hatch import Line
-from service.images import Developed
-from service.metrics import Metrics
-from service.rooms import Rooms
+from service.images.decode import Developed
+from service.inference import decode_pool
+from service.multiprocess import frontend as front_module
+from service.multiprocess import worker_client
+from service.multiprocess.frontend import Front
+from service.multiprocess.ipc import Line
+from service.multiprocess.worker import serving
+from service.services import Rooms
 from service.settings import Settings
-from service.stores.base import StoredKey
-from service.stores.memory import InProcessStore
+from service.stores.in_process import InProcessStore
+from service.stores.protocol import StoredKey
+from service.telemetry.metrics import Metrics
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.house import PATIENCE_S, UNHURRIED, GatedEncoder, House, RawCall, SoftEncoder, problem, soon, until
 from tests.support.replicas import without_housekeeper
@@ -79,7 +80,7 @@ async def street(*encoders: SoftEncoder, **more: Any) -> AsyncIterator[Street]:
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(front_module, "_PROBE_S", PATIENCE_S)
-        patch.setattr(window, "KEYS_S", PATIENCE_S)
+        patch.setattr(worker_client, "KEYS_S", PATIENCE_S)
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="dmn-")))
         with without_housekeeper():
             backs = [await stack.enter_async_context(open_rooms(settings, encoder)) for encoder in encoders]
@@ -103,13 +104,13 @@ async def street(*encoders: SoftEncoder, **more: Any) -> AsyncIterator[Street]:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Return what is decoded, as it is."""
     seen: list[bytes] = []
-    real = darkroom.develop
+    real = decode_pool.develop
 
     def noted(data: bytes, **how: Any) -> Developed:
         seen.append(data)
         return real(data, **how)
 
-    monkeypatch.setattr(darkroom, "develop", noted)
+    monkeypatch.setattr(decode_pool, "develop", noted)
     return seen
 
 
@@ -149,7 +150,7 @@ async def test_a_retry_gets_the_first_answer_with_nothing_decoded(decoded: list[
 
 
 async def test_images_are_answered_in_order_however_long_each_takes_to_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    second, real = threading.Event(), darkroom.develop
+    second, real = threading.Event(), decode_pool.develop
 
     def last_first(data: bytes, **how: Any) -> Developed:
         if data == RED:
@@ -158,7 +159,7 @@ async def test_images_are_answered_in_order_however_long_each_takes_to_decode(mo
         second.set()
         return done
 
-    monkeypatch.setattr(darkroom, "develop", last_first)
+    monkeypatch.setattr(decode_pool, "develop", last_first)
     async with street(SoftEncoder()) as own:
         await own.house.put()
         answer = await soon(own.house.classify(RED, GREEN, b"no image"))
@@ -168,14 +169,14 @@ async def test_images_are_answered_in_order_however_long_each_takes_to_decode(mo
 
 
 async def test_an_unexpected_fault_with_one_image_is_no_fault_of_its_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = darkroom.develop
+    real = decode_pool.develop
 
     def faulty(data: bytes, **how: Any) -> Developed:
         if data == RED:
             raise RuntimeError("swordfish")
         return real(data, **how)
 
-    monkeypatch.setattr(darkroom, "develop", faulty)
+    monkeypatch.setattr(decode_pool, "develop", faulty)
     async with street(SoftEncoder()) as own:
         await own.house.put()
         answer = await soon(own.house.classify(RED, GREEN))
@@ -189,14 +190,14 @@ async def test_an_unexpected_fault_with_one_image_is_no_fault_of_its_neighbour(m
 
 
 async def test_who_leaves_before_an_image_is_decoded_is_not_decoded_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, seen, real = threading.Event(), [], darkroom.develop
+    gate, seen, real = threading.Event(), [], decode_pool.develop
 
     def gated(data: bytes, **how: Any) -> Developed:
         seen.append(data)
         assert gate.wait(PATIENCE_S)
         return real(data, **how)
 
-    monkeypatch.setattr(darkroom, "develop", gated)
+    monkeypatch.setattr(decode_pool, "develop", gated)
     async with street(SoftEncoder(), decode_workers=1) as own:
         await own.house.put()
         held = asyncio.create_task(own.house.classify(RED))
@@ -282,7 +283,7 @@ async def test_calls_in_flight_hear_at_once_that_their_back_is_gone_and_later_on
 
 async def test_a_back_that_hangs_costs_no_more_than_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was there, and says nothing more."""
-    for module in (window, front_module):
+    for module in (worker_client, front_module):
         monkeypatch.setattr(module, "GRACE_S", 0.0)
     lines: list[Line] = []
 

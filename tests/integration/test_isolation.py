@@ -22,9 +22,9 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from service import logs
 from service.errors import StoreAway
-from service.stores.memory import InProcessStore
+from service.stores.in_process import InProcessStore
+from service.telemetry import logs
 from tests.integration.test_fronts import street
 from tests.integration.test_keys import OPERATOR_KEY, bearer, issue
 from tests.support.fakes import picture

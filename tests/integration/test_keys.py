@@ -14,12 +14,13 @@ import pytest
 import pytest_asyncio
 from fastapi.routing import APIRoute, APIRouter
 
-from service import api, logs
-from service.api.guard import NEEDS, Guarded
-from service.auth import Scope, hash_of, new_key
+from service import api
+from service.access.authentication import Scope, hash_of, new_key
+from service.api.security import NEEDS, Guarded
 from service.errors import StoreDown
-from service.stores.base import MemoryStore, StoredKey
-from service.stores.memory import InProcessStore
+from service.stores.in_process import InProcessStore
+from service.stores.protocol import MemoryStore, StoredKey
+from service.telemetry import logs
 from tests.support.fakes import picture
 from tests.support.house import Build, House, RawCall, SoftEncoder, opened, problem
 
@@ -123,7 +124,7 @@ async def locked(locked_house: House) -> House:
 
 
 def routers() -> list[APIRouter]:
-    modules = (importlib.import_module(f"{api.__name__}.{one.name}") for one in pkgutil.iter_modules(api.__path__))
+    modules = (importlib.import_module(one.name) for one in pkgutil.walk_packages(api.__path__, f"{api.__name__}."))
     return [module.router for module in modules if isinstance(getattr(module, "router", None), APIRouter)]
 
 

@@ -13,8 +13,8 @@ import pytest
 from torch import Tensor
 
 from service import classify
-from service.api import porch
-from service.metrics import Lap
+from service.api import middleware
+from service.telemetry.metrics import Lap
 from tests.support.clock import Clock
 from tests.support.fakes import picture
 from tests.support.house import (
@@ -77,7 +77,7 @@ async def test_a_deadline_far_away_changes_nothing(house: House, value: str) -> 
 async def test_what_a_slow_encoder_does_not_answer_in_time_is_given_up_and_not_learned(
     build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(porch, "_GRACE_S", PATIENCE_S)  # the images are given up one by one, however late that is
+    monkeypatch.setattr(middleware, "_GRACE_S", PATIENCE_S)  # the images are given up one by one, however late that is
     encoder = GatedEncoder()
     house = await build(encoder)
     await house.put()

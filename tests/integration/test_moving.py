@@ -15,13 +15,13 @@ from torch import Tensor
 
 from core.encoders.protocol import Encoder
 from core.memory.codec import decode_features
-from service import adapt
-from service import moving as service_moving
+from service.background.shadow_queue import Shadows
+from service.domain.tenant import shadow_of
 from service.errors import FingerprintMismatch
-from service.images import ImageLimits, develop
-from service.shadows import Shadows
-from service.stores.base import StoredMemory
-from service.tenants import shadow_of
+from service.images.decode import ImageLimits, develop
+from service.stores.protocol import StoredMemory
+from service.tenants import configuration
+from service.tenants import migration as service_moving
 from tests.support.fakes import picture
 from tests.support.house import CLASSES, PATIENCE_S, House, Json, SoftEncoder, opened, problem
 from tests.support.servers import BINARIES, server
@@ -451,7 +451,7 @@ async def test_a_configuration_that_comes_a_moment_too_late_empties_nothing(hous
     config = (await stored(house)).record.config
     await switched(house)
     with pytest.raises(FingerprintMismatch):
-        await adapt.put_tenant(house.rooms, "shop", config)
+        await configuration.put_tenant(house.rooms, "shop", config)
     assert len(slot_ids(await stored(house))) == 3
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.logs import logger
+from service.telemetry.logs import logger
 from tests.support.fakes import picture
 from tests.support.house import STATUS, Build, House, RawCall, problem, soon
 
@@ -125,7 +125,7 @@ async def test_the_log_of_an_unexpected_error_carries_its_request_id(
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            from service.logs import request_id  # noqa: PLC0415 - read at the moment of the event
+            from service.telemetry.logs import request_id  # noqa: PLC0415 - read at the moment of the event
 
             told.append((record.getMessage(), request_id.get()))
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import logs
 from service.settings import Settings
+from service.telemetry import logs
 from tests.support.fakes import picture
 from tests.support.house import Build, House, RawCall, problem, soon, zipped
 

@@ -8,9 +8,9 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from service.api.schemas import ClassifyOut
-from service.api.shortcut import Shortcut
-from service.rooms import Rooms
+from service.api.routes.classify_fast_path import Shortcut
+from service.api.schemas.base import ClassifyOut
+from service.services import Rooms
 from tests.support import pictures
 from tests.support.house import Build, House, problem
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from service import adapt
 from service.app import open_rooms
 from service.errors import StoreAway
-from service.rooms import Rooms
+from service.services import Rooms
 from service.settings import DEFAULT_TENANT, Settings
-from service.stores.base import StoredStatistics
-from service.stores.embedded import find_binary
+from service.stores.embedded.server import find_binary
+from service.stores.protocol import StoredStatistics
+from service.tenants import configuration
 from tests.integration.test_stores import ask, name_classes
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.house import CLASSES, Build, House, problem
@@ -30,7 +30,7 @@ STREAM = [picture(colour, seed) for seed in range(6) for colour in CLASSES]
 async def statistics(rooms: Rooms, tenant: str = DEFAULT_TENANT) -> StoredStatistics:
     """Return what is counted, once what is on its way is written."""
     await rooms.archive.exchange(tenant)
-    return (await adapt.load(rooms, tenant)).statistics
+    return (await configuration.load(rooms, tenant)).statistics
 
 
 async def images(rooms: Rooms, tenant: str = DEFAULT_TENANT) -> float:
@@ -107,7 +107,7 @@ async def test_an_uploaded_shot_has_slots_scored_anew_and_the_answer_names_the_e
     assert after.stamp.epoch > before.stamp.epoch
     told = answer.json()["memory"]
     assert told["epoch"] == after.stamp.epoch
-    slots = sum(map(len, (await adapt.load(house.rooms, DEFAULT_TENANT)).slots.values()))
+    slots = sum(map(len, (await configuration.load(house.rooms, DEFAULT_TENANT)).slots.values()))
     assert await images(house.rooms) == float(slots)
 
 
@@ -269,10 +269,10 @@ HOSTILE = {
 async def test_hostile_statistics_are_refused_and_change_nothing(house: House, what: str) -> None:
     await house.predictions(*STREAM)
     body = await house.exported()
-    before = await adapt.load(house.rooms, DEFAULT_TENANT)
+    before = await configuration.load(house.rooms, DEFAULT_TENANT)
     answer = await house.imported(_columns(HOSTILE[what])(body), DEFAULT_TENANT)
     problem(answer, "invalid-request")
-    assert await adapt.load(house.rooms, DEFAULT_TENANT) == before
+    assert await configuration.load(house.rooms, DEFAULT_TENANT) == before
 
 
 # Two services on one server -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from service.stores.watched import PAUSE_S
+from service.stores.instrumented import PAUSE_S
 from tests.support.clock import Clock
 from tests.support.fakes import picture
 from tests.support.house import Build, House, problem, until

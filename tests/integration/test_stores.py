@@ -15,18 +15,18 @@ from typing import Literal
 import pytest
 from redis.asyncio import Redis
 
-from service import adapt
 from service.app import open_rooms
 from service.classify import ClassifyCall, classify
-from service.desk import Reading
+from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import StoreDown
-from service.rooms import Rooms
+from service.inference.predictor import Reading
+from service.services import Rooms
 from service.settings import DEFAULT_TENANT, Settings
-from service.stores import embedded
-from service.stores.connection import connect
-from service.stores.embedded import EmbeddedServer, embedded_server, find_binary
-from service.stores.redis import RedisStore
-from service.tenants import ClassSpec, TenantConfig
+from service.stores.connection.pools import connect
+from service.stores.embedded import server as server_module
+from service.stores.embedded.server import EmbeddedServer, embedded_server, find_binary
+from service.stores.redis.store import RedisStore
+from service.tenants import configuration
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.replicas import without_housekeeper
 
@@ -51,7 +51,7 @@ async def house(folder: Path) -> AsyncIterator[Rooms]:
 
 async def name_classes(rooms: Rooms) -> None:
     classes = tuple(ClassSpec(name=colour) for colour in COLOURS)
-    await adapt.put_tenant(rooms, DEFAULT_TENANT, TenantConfig(classes=classes))
+    await configuration.put_tenant(rooms, DEFAULT_TENANT, TenantConfig(classes=classes))
 
 
 async def ask(rooms: Rooms, image: bytes, *, learn: bool = True) -> Reading:
@@ -81,9 +81,9 @@ async def test_what_was_learned_is_there_after_a_restart(tmp_path: Path) -> None
             await ask(rooms, picture(colour, i))
         await rooms.archive.hand_in(DEFAULT_TENANT)
         asked = await ask(rooms, picture("red", 9), learn=False)
-        before = await adapt.load(rooms, DEFAULT_TENANT)
+        before = await configuration.load(rooms, DEFAULT_TENANT)
     async with house(tmp_path) as rooms:
-        assert await adapt.load(rooms, DEFAULT_TENANT) == before
+        assert await configuration.load(rooms, DEFAULT_TENANT) == before
         again = await ask(rooms, picture("red", 9), learn=False)
     assert again.probabilities.tolist() == asked.probabilities.tolist()
     assert sum(len(bank) for bank in before.slots.values()) == len(COLOURS)
@@ -125,7 +125,7 @@ async def test_nothing_that_was_told_as_learned_is_lost_when_the_server_is_kille
         assert old is not None
         os.kill(old, signal.SIGKILL)
         await until_other(server, old)
-        stored = await adapt.load(rooms, DEFAULT_TENANT)
+        stored = await configuration.load(rooms, DEFAULT_TENANT)
     assert {slot.id for bank in stored.slots.values() for slot in bank} == set(learned)
 
 
@@ -160,7 +160,7 @@ async def test_a_server_that_outlived_its_users_is_taken_over(tmp_path: Path) ->
     holder = (
         "import asyncio, sys\n"
         "from pathlib import Path\n"
-        "from service.stores.embedded import embedded_server\n"
+        "from service.stores.embedded.server import embedded_server\n"
         "async def main():\n"
         "    server = embedded_server(Path(sys.argv[1]), '', fsync='everysec')\n"
         "    async with server.running():\n"
@@ -176,7 +176,7 @@ async def test_a_server_that_outlived_its_users_is_taken_over(tmp_path: Path) ->
     async with server.running():
         assert server.pid == orphan
     async with asyncio.timeout(PATIENCE_S):
-        while embedded._alive(orphan):  # noqa: ASYNC110 - it is no child of this process, which hears nothing of it
+        while server_module._alive(orphan):  # noqa: ASYNC110 - it is no child of this process, which hears nothing of it
             await asyncio.sleep(0.01)
 
 
@@ -220,8 +220,8 @@ async def test_a_server_that_hangs_is_not_joined_by_a_second_one(
         assert first.pid is not None
         os.kill(first.pid, signal.SIGSTOP)
         with monkeypatch.context() as patch:
-            patch.setattr(embedded, "_START_S", 0.5)
-            patch.setattr(embedded, "_ANSWER_S", 0.2)
+            patch.setattr(server_module, "_START_S", 0.5)
+            patch.setattr(server_module, "_ANSWER_S", 0.2)
             with pytest.raises(StoreDown, match="lives on the data folder"):
                 async with server_in(tmp_path).running():
                     pass
@@ -238,12 +238,12 @@ async def test_leaving_a_server_that_hangs_takes_a_bounded_time_and_it_ends_when
     server = server_in(tmp_path)
     async with asyncio.timeout(PATIENCE_S):
         async with server.running():
-            monkeypatch.setattr(embedded, "_HUNG_S", 0.2)
-            monkeypatch.setattr(embedded, "_ANSWER_S", 0.2)
+            monkeypatch.setattr(server_module, "_HUNG_S", 0.2)
+            monkeypatch.setattr(server_module, "_ANSWER_S", 0.2)
             assert server.pid is not None
             os.kill(server.pid, signal.SIGSTOP)
         os.kill(server.pid, signal.SIGCONT)
-        while embedded._alive(server.pid):  # noqa: ASYNC110 - a process that ends tells nobody
+        while server_module._alive(server.pid):  # noqa: ASYNC110 - a process that ends tells nobody
             await asyncio.sleep(0.01)
 
 
@@ -294,5 +294,5 @@ async def test_what_the_server_wrote_is_flushed_once_and_again_when_it_has_chang
     for number, count in ((1, 1), (1, 1), (2, 2)):
         file.write_bytes(b"x" * number)
         os.utime(file, (number, number))
-        embedded._flush_changed(tmp_path, seen)
+        server_module._flush_changed(tmp_path, seen)
         assert len(flushed) == count

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode, format_span_id, format_trace_id
 
 from service.app import create_app
-from service.spans import Spans
+from service.telemetry.spans import Spans
 from tests.support.fakes import picture
 from tests.support.house import Build, House, problem
 

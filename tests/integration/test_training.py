@@ -10,8 +10,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from service import training
-from service.rooms import Rooms
+from service.services import Rooms
+from service.tenants import training
 from tests.support.fakes import picture
 from tests.support.house import CLASSES, PATIENCE_S, Build, House, SoftEncoder, problem, until
 

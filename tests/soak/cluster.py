@@ -16,12 +16,12 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import StoreDown
-from service.stores.base import Change, PushCandidate, ReloadNeeded, Stamp, StoredSlot
-from service.stores.connection import connect
-from service.stores.keys import Keys
-from service.stores.redis import RedisStore
-from service.tenants import ClassSpec, TenantConfig
+from service.stores.connection.pools import connect
+from service.stores.protocol import Change, PushCandidate, ReloadNeeded, Stamp, StoredSlot
+from service.stores.redis.keys import Keys
+from service.stores.redis.store import RedisStore
 from tests.support.servers import HOST, Cluster, Guarded, Node
 
 PATIENCE_S = 120.0

@@ -9,7 +9,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from service.stores.embedded import embedded_server
+from service.stores.embedded.server import embedded_server
 
 
 async def main(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.encoders.protocol import Preprocess
 from core.numerics import unit
-from service.tenants import ClassSpec
+from service.domain.tenant import ClassSpec
 
 TENANT = "zoo"
 TAIL = 24

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from service.bench.telling import stamp
+from service.bench.output import stamp
 
 
 def tell(name: str, figures: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from service.stores.base import SnapshotInfo, Stamp
+from service.stores.protocol import SnapshotInfo, Stamp
 from tests.soak.cluster import FINGERPRINT, NODE_TIMEOUT_MS, TIMEOUT_S, Load, judge, key_of, load, tenants_on
 from tests.soak.report import tell
 from tests.support.process import PATIENCE_S, until

@@ -4,8 +4,8 @@ It runs with its embedded store and is sent the mutants of `tests/support/mutant
 an encoder without weights in the short run, to `lite` in the long one. Every answer has to be one, or a refusal that is
 a problem of a known type; no status may be 5xx but 503. In the end the process has to be the same, and ready; images of
 a tenant that no mutant is meant for have to be classified as before; and the service, its store included, has to become
-about as large as it was after a tenth as many mutants (`service/heap.py`). Limits are set low, so that what mutants may
-leave behind is little.
+about as large as it was after a tenth as many mutants (`service/server/malloc.py`). Limits are set low, so
+that what mutants may leave behind is little.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import httptools
 import httpx
 import pytest
 
-from service.stores.embedded import find_binary
+from service.stores.embedded.server import find_binary
 from tests.soak.report import tell
 from tests.support.fakes import picture
 from tests.support.mutants import CLASSES, KINDS, TENANT, Mutant, fault, mutant

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from core.memory.codec import encode_feature
-from service import adapt
-from service.archive import HotMemory
-from service.desk import Question
+from service.domain.tenant import TenantConfig
 from service.errors import StoreDown
-from service.rooms import Rooms
+from service.inference.predictor import Question
+from service.memory.cache import HotMemory
+from service.services import Rooms
 from service.settings import Settings
-from service.tenants import TenantConfig
+from service.tenants import configuration
 from tests.soak.plan import TENANT, Ask, Image, Options, PlainEncoder, Reset, Step, class_specs, feature, images, steps
 
 CALLERS = 48
@@ -66,7 +66,7 @@ class _Worker:
     async def configure(self) -> None:
         """Make the tenant."""
         config = TenantConfig(classes=class_specs(self._options), slots=self._options.slots, templates=("{}",))
-        await adapt.put_tenant(self._rooms, TENANT, config)
+        await configuration.put_tenant(self._rooms, TENANT, config)
 
     async def work(self, phase: int, worker: int) -> dict[str, Any]:
         """Take the steps of a phase, many at once, and return what was answered to each."""
@@ -94,7 +94,7 @@ class _Worker:
 
     async def load(self) -> dict[str, Any]:
         """Return what the store holds."""
-        stored = await adapt.load(self._rooms, TENANT)
+        stored = await configuration.load(self._rooms, TENANT)
         banks = {own: _sorted((s.id, s.entropy, s.feature.hex()) for s in bank) for own, bank in stored.slots.items()}
         return {"banks": banks, "stamp": (stored.record.stamp.epoch, stored.record.stamp.version)}
 
@@ -129,7 +129,7 @@ class _Worker:
     async def _reset(self, step: Reset) -> None:
         specs = class_specs(self._options)
         names = None if step.classes is None else [specs[c].name for c in step.classes]
-        stamp, _ = await adapt.reset(self._rooms, TENANT, dynamic=True, static=False, classes=names)
+        stamp, _ = await configuration.reset(self._rooms, TENANT, dynamic=True, static=False, classes=names)
         self._resets.append((stamp.epoch, step.classes))
 
 

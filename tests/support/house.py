@@ -22,7 +22,7 @@ from torch import Tensor
 
 from core.encoders.protocol import Encoder
 from service.app import create_app, open_rooms
-from service.rooms import Rooms
+from service.services import Rooms
 from service.settings import Settings
 from tests.support.fakes import FakeEncoder
 from tests.support.replicas import without_housekeeper

@@ -42,7 +42,7 @@ if "--http-workers" not in sys.argv:
     light = ModuleType("core.encoders.openclip")
     light.load = lambda *_, **__: {name}()
     sys.modules["core.encoders.openclip"] = light
-from service.cli import main
+from service.cli.main import main
 sys.argv[0] = "dmn"
 main()
 """

@@ -11,12 +11,13 @@ from typing import TypeVar
 import pytest
 
 from core.encoders.protocol import Encoder
-from service import adapt, app
-from service.rooms import Rooms
+from service import app
+from service.services import Rooms
 from service.settings import Settings
-from service.stores import opening
-from service.stores.base import StoredMemory, StoredShot, StoredSlot
-from service.stores.memory import InProcessStore
+from service.stores import factory
+from service.stores.in_process import InProcessStore
+from service.stores.protocol import StoredMemory, StoredShot, StoredSlot
+from service.tenants import configuration
 from tests.support.clock import Clock
 from tests.support.fakes import FakeEncoder
 
@@ -70,8 +71,8 @@ async def replicas(kind: type[R], clock: Clock | None = None, store: InProcessSt
     store = store or in_process_store(clock)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app, "time", SimpleNamespace(monotonic=clock, time=clock))
-        patch.setattr(opening, "InProcessStore", lambda **_: store)
-        patch.setattr(adapt, "_SOON_S", PATIENCE_S)
+        patch.setattr(factory, "InProcessStore", lambda **_: store)
+        patch.setattr(configuration, "_SOON_S", PATIENCE_S)
         with without_housekeeper():
             async with AsyncExitStack() as stack:
                 yield kind(stack, clock, store)

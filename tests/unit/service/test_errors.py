@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from service import errors, images
+from service import errors
 from service.errors import PROBLEMS, Contended, ServiceError, StoreAway, StoreDown
-from service.images import ImageFault
+from service.images import decode
+from service.images.decode import ImageFault
 
 FIXED = {
     "invalid-request": 422,
@@ -45,7 +46,7 @@ WORDED = (Contended,)
 
 FAULTS = [
     kind
-    for kind in vars(images).values()
+    for kind in vars(decode).values()
     if isinstance(kind, type) and issubclass(kind, ImageFault) and kind is not ImageFault
 ]
 

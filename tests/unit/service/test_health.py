@@ -14,8 +14,8 @@ from torch import Tensor
 
 from service import health
 from service.errors import Internal
-from service.housekeeping import canary, feel_pulse
-from service.rooms import Rooms
+from service.services import Rooms
+from service.tenants.maintenance import canary, feel_pulse
 from tests.support.clock import Clock
 from tests.support.fakes import FakeEncoder
 from tests.support.replicas import PATIENCE_S, Replicas, replicas

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.cli import app
+from service.cli.main import app
 from service.errors import PROBLEMS
-from service.metrics import Metrics
 from service.settings import Settings
+from service.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text()

@@ -1,0 +1,1 @@
+"""Background work: jobs, reindexing, the queue of the shadow memory."""

@@ -1,0 +1,1 @@
+"""The `dmn` command: serving, evaluation, memories, API keys and benchmarks."""

@@ -1,0 +1,1 @@
+"""Threads, locks and queues that know nothing of the service."""

@@ -1,0 +1,1 @@
+"""Plain values without I/O: tenants, memories, records, quotas."""

@@ -1,0 +1,1 @@
+"""`dmn evaluate`, `dmn replay`, `dmn classify` and `dmn train`: datasets, runs, reports."""

@@ -1,0 +1,1 @@
+"""From bytes to RGB pixels: formats, limits, decoding."""

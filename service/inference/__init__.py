@@ -1,0 +1,1 @@
+"""From bytes to predictions: decoding, batching, encoding, scoring."""

@@ -1,0 +1,1 @@
+"""Hot memories: the cache over the store, class statistics, text features, pending writes."""

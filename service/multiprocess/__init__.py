@@ -1,0 +1,1 @@
+"""HTTP processes and worker processes: supervisor, IPC and the two kinds of child process."""

@@ -1,0 +1,1 @@
+"""Export and import files of a tenant's memory."""

@@ -1,0 +1,1 @@
+"""Connections to Redis and Valkey: URLs, pools, cluster, Sentinel, errors."""

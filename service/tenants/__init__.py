@@ -1,0 +1,1 @@
+"""Use cases that change a tenant: configuration, shots, reset, snapshots, training, migration."""
