@@ -23,8 +23,9 @@ from redis.asyncio import Redis
 from torch import Tensor
 
 from core.numerics import unit
-from service.app import create_app, open_rooms
+from service.app import create_app
 from service.settings import Settings
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.servers import BINARIES, server
 

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from service.images.decode import Developed, ImageFault
-from service.inference.predictor import Question, Reading
+from service.domain.quotas import check_count
+from service.images.decode import Developed
+from service.images.errors import ImageFault
+from service.inference.results import Question, Reading
 from service.telemetry.metrics import Lap
 
-from .background import reindex
-from .errors import DeadlineExceeded, Internal, LimitExceeded, NoClasses, ServiceError, TooManyImages
+from .errors import DeadlineExceeded, Internal, LimitExceeded, NoClasses, ServiceError
 from .services import Rooms
-from .settings import Settings
 from .telemetry import logs
+from .tenants import reindex
 
 T = TypeVar("T")
 
@@ -146,16 +147,6 @@ def count_faults(rooms: Rooms, results: Sequence[object]) -> None:
     for result in results:
         if isinstance(result, ServiceError | ImageFault):
             rooms.metrics.image_errors.labels(result.slug).inc()
-
-
-def check_count(images: int, settings: Settings) -> None:
-    """Return if a call may hold so many images.
-
-    Raises:
-        TooManyImages: it may not.
-    """
-    if images > settings.max_images:
-        raise TooManyImages(f"The call holds {images} images; at most {settings.max_images} are allowed.")
 
 
 async def _in_time(walk: Callable[[], Awaitable[T]], rooms: Rooms, deadline: float) -> T:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from service.stores.embedded.server import free_bytes
+from service.stores.embedded.binary import free_bytes
 
 from .errors import StoreDown
 from .services import Rooms

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 
 from service.concurrency.keyed_lock import KeyedLocks
+from service.domain.records import Remembered
 from service.errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest, StoreDown
-from service.stores.protocol import MemoryStore, Remembered
+from service.stores.protocol import MemoryStore
 
 _LONGEST_KEY = 255
 _FIRST_FAILURE = 300

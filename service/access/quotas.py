@@ -16,9 +16,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 
+from service.domain.quotas import Allowance, Lease, Quota
 from service.errors import LimitExceeded, RateLimited, StoreDown
 from service.settings import Settings
-from service.stores.protocol import Allowance, Lease, MemoryStore, Quota
+from service.stores.protocol import MemoryStore
 from service.stores.token_bucket import OwnLimits
 
 LEASE_S = 10.0

@@ -22,9 +22,9 @@ from service.services import Rooms
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
 
-from .dependencies import GONE
 from .problems import problem, problem_response
 from .request_params import headers_of
+from .responses import GONE
 
 if TYPE_CHECKING:
     from service.telemetry.spans import RequestSpan

@@ -12,9 +12,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.access.authentication import Scope
+from service.access.api_keys import Scope
 from service.api.schemas.base import LIMITS, REQUIRED, Problem
-from service.errors import PROBLEMS
+from service.problem_types import PROBLEMS
 from service.settings import Settings
 
 from .problems import MAY, MEDIA_TYPE

@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, FastAPI, Path, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 
-from service.api.routes.pages import page
 from service.api.schemas.base import Problem
 from service.classify import Fault
-from service.errors import PROBLEMS, InvalidRequest, NotFound, RateLimited, ServiceError
-from service.images.decode import ImageFault
+from service.errors import InvalidRequest, RateLimited, ServiceError
+from service.images.errors import ImageFault
+from service.problem_types import PROBLEMS
 from service.services import Rooms
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
-
-from .security import Guarded
 
 MEDIA_TYPE = "application/problem+json"
 
 MAY = "x-problems"
 """Where a route's part of the OpenAPI document names problems, until `document.describe` says the rest of them."""
 
-router = APIRouter(tags=["problems"], route_class=Guarded)
 
 REFUSED_IMAGES = (
     "unsupported-media-type",
@@ -141,21 +136,6 @@ def register(app: FastAPI, routes: Sequence[BaseRoute] = ()) -> None:
         rooms.metrics.rejected.labels(slug).inc()
         retry_after = rooms.batcher.retry_after_s() if slug == "queue-full" else None
         return problem_response(problem(slug, detail, retry_after=retry_after), headers=headers)
-
-
-@router.get("/problems/{slug}", response_class=HTMLResponse, summary="What a problem type means and what to do")
-async def show(slug: Annotated[str, Path(json_schema_extra={"enum": list(PROBLEMS)})]) -> HTMLResponse:
-    """Return the page of a problem type."""
-    kind = PROBLEMS.get(slug)
-    if kind is None:
-        raise NotFound(f"There is no problem type {slug[:100]!r}.")
-    status = f"{kind.status} {HTTPStatus(kind.status).phrase}"
-    parts = (html.escape(part) for part in (kind.title, status, slug, kind.meaning, kind.remedy))
-    return page(kind.title, _PAGE.format(*parts))
-
-
-_PAGE = """<h1>{0}</h1><p><code>{1}</code> <code>{2}</code></p><p>{3}</p>
-<p><strong>What to do:</strong> {4}</p>"""
 
 
 def _allowed(request: Request, routes: Sequence[BaseRoute]) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from service.access.authentication import Gate, Scope, named_tenant
+from service.access.api_keys import Scope
+from service.access.authentication import Gate, named_tenant
 from service.errors import Forbidden
 
 from .request_params import headers_of

@@ -5,38 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import zipfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from io import BytesIO
-from pathlib import PurePosixPath
 
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from service.api.schemas.base import ClassifyIn
-from service.errors import InvalidRequest, LimitExceeded, ServiceError, TooManyImages, UnsupportedBody
-from service.images.decode import ImageFault, ImageUnreadable
+from service.api.schemas.classify import ClassifyIn
+from service.errors import InvalidRequest, TooManyImages, UnsupportedBody
+from service.images.errors import ImageFault, ImageUnreadable
 from service.settings import Settings
-from service.tenants.configuration import LabelledImage
+from service.tenants.shots import LabelledImage
+
+from .zip_uploads import ZIP_SIGNATURE, ZIP_TYPES, Upload, unzip
 
 Images = list[bytes | ImageFault]
 
 _MULTIPART = "multipart/form-data"
-_ZIP = ("application/zip", "application/x-zip-compressed")
-_ZIP_START = b"PK\x03\x04"
-_LEFT_OVER = ("__MACOSX", ".DS_Store", "Thumbs.db")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Upload:
-    """Labelled images of one call; `zipped` ones may be more than a call's usual number."""
-
-    labelled: list[LabelledImage]
-    zipped: bool = False
 
 
 async def read_images(request: Request, settings: Settings) -> Images:
@@ -68,15 +55,15 @@ async def read_shots(request: Request, settings: Settings) -> Upload:
         UnsupportedBody, InvalidRequest, TooManyImages, LimitExceeded: as for `read_images`.
     """
     kind = _kind(request)
-    if kind in _ZIP:
-        return await _unzipped(await request.body(), settings)
+    if kind in ZIP_TYPES:
+        return await unzip(await request.body(), settings)
     if kind != _MULTIPART:
         raise UnsupportedBody("Send multipart/form-data with `label` and `images`, or an application/zip body.")
     async with _form(request, settings) as form:
         images = await _files(form, settings)
         labels = form.getlist("label")
-    if not labels and len(images) == 1 and isinstance(images[0], bytes) and images[0].startswith(_ZIP_START):
-        return await _unzipped(images[0], settings)
+    if not labels and len(images) == 1 and isinstance(images[0], bytes) and images[0].startswith(ZIP_SIGNATURE):
+        return await unzip(images[0], settings)
     if len(labels) != 1 or not isinstance(labels[0], str):
         raise InvalidRequest("An upload has one text field `label`, the class that its images show.")
     return Upload(labelled=[LabelledImage(label=labels[0], image=image) for image in images])
@@ -164,57 +151,6 @@ def _from_base64(data: str) -> bytes | ImageFault:
         return base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError):
         return ImageUnreadable("The image's `data` is not valid base64.")
-
-
-async def _unzipped(body: bytes, settings: Settings) -> Upload:
-    labelled = await asyncio.to_thread(_unzip, body, settings)
-    if not labelled:
-        raise InvalidRequest("The zip holds no files in folders; put each class's images into a folder of its name.")
-    return Upload(labelled=labelled, zipped=True)
-
-
-def _unzip(body: bytes, settings: Settings) -> list[LabelledImage]:
-    try:
-        with zipfile.ZipFile(BytesIO(body)) as archive:
-            entries = _entries(archive.infolist(), settings)
-            return [_entry(archive, label, info, settings) for label, info in entries]
-    except ServiceError:
-        raise
-    except Exception as error:
-        # Whatever a hostile archive makes of the parsers of its many formats.
-        raise InvalidRequest(f"The zip cannot be read ({type(error).__name__}).") from error
-
-
-def _entries(infos: Sequence[zipfile.ZipInfo], settings: Settings) -> list[tuple[str, zipfile.ZipInfo]]:
-    """Return the label and entry of every file, by what the archive's directory says, before any is unpacked."""
-    files = [
-        info for info in infos if not info.is_dir() and not set(PurePosixPath(info.filename).parts) & set(_LEFT_OVER)
-    ]
-    if len(files) > settings.max_zip_images:
-        raise TooManyImages(f"The zip holds {len(files)} files; at most {settings.max_zip_images} are allowed.")
-    total = sum(info.file_size for info in files)
-    if total > settings.max_zip_bytes:
-        raise LimitExceeded(f"The zip unpacks to {total} bytes; at most {settings.max_zip_bytes} are allowed.")
-    out = []
-    for info in files:
-        if info.file_size > settings.max_zip_ratio * max(1, info.compress_size):
-            raise LimitExceeded(f"A file in the zip unpacks to over {settings.max_zip_ratio:g} times its size.")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            # The others' headers may ask for gigabytes before a byte is unpacked.
-            raise InvalidRequest("The zip is packed in an uncommon way; use the usual one (deflate), or none.")
-        path = PurePosixPath(info.filename)
-        if path.is_absolute() or ".." in path.parts or "\\" in info.filename:
-            raise InvalidRequest("The zip holds a path that leads out of it.")
-        if len(path.parts) < 2:  # noqa: PLR2004 - a folder and a file
-            raise InvalidRequest("Each file of the zip must lie in a folder named by its class.")
-        out.append((path.parts[-2], info))
-    return out
-
-
-def _entry(archive: zipfile.ZipFile, label: str, info: zipfile.ZipInfo, settings: Settings) -> LabelledImage:
-    with archive.open(info) as file:
-        # One byte more than allowed is enough for the darkroom to refuse it; the directory may have lied.
-        return LabelledImage(label=label, image=file.read(settings.max_image_bytes + 1))
 
 
 def _check_count(images: int, settings: Settings) -> None:

@@ -11,8 +11,10 @@ from functools import partial
 from typing import Any, Protocol
 from uuid import uuid4
 
-from service.errors import PROBLEMS, Draining, Internal, ServiceError, StoreDown, UnknownJob, UnknownTenant
-from service.stores.protocol import Job, JobState, MemoryStore
+from service.domain.records import Job, JobState
+from service.errors import Draining, Internal, ServiceError, StoreDown, UnknownJob, UnknownTenant
+from service.problem_types import PROBLEMS
+from service.stores.protocol import MemoryStore
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
 

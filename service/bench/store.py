@@ -21,13 +21,14 @@ from rich.table import Table
 
 from core.numerics import unit
 from service.concurrency.worker_thread import Worker
+from service.domain.memory import StoredBank, StoredSlot
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import StoreDown
 from service.memory.cache import Archive
 from service.memory.text_features import TextFeatures
 from service.stores.connection.pools import connect
 from service.stores.embedded.server import embedded_server
-from service.stores.protocol import PushCandidate, StoredBank, StoredSlot
+from service.stores.protocol import PushCandidate
 from service.stores.redis.store import RedisStore
 from service.telemetry.metrics import Metrics
 

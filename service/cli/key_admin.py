@@ -14,11 +14,12 @@ from typing import Any
 
 from rich.table import Table
 
-from service.access.authentication import Scope, hash_of, id_of, new_key
+from service.access.api_keys import Scope, hash_of, id_of, new_key
+from service.domain.records import StoredKey
 from service.domain.tenant import tenant_name
 from service.settings import Settings
 from service.stores.factory import open_store
-from service.stores.protocol import MemoryStore, StoredKey
+from service.stores.protocol import MemoryStore
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _OF_NO_TENANT = frozenset((Scope.OPERATOR, Scope.METRICS))

@@ -11,12 +11,6 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from service.settings import Settings
-
-_BATCH = 32
-_OF_WAIT = 0.1
-"""Of the longest wait that is allowed, for a batch on a CPU: everybody else waits for the one that is under way."""
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -64,17 +58,6 @@ def _take_cores(cores: int) -> None:
     """Have this thread compute on so many cores, whatever other threads are told later."""
     torch.set_num_threads(cores)
     torch.get_num_threads()  # until it was asked once, a thread takes over what was told last to any
-
-
-def batch_on(device: torch.device, settings: Settings) -> tuple[int, float]:
-    """Return how many images times views an encode batch has on a device at most, and how many seconds it may take.
-
-    The seconds are infinite where the settings say how many images it has, or let calls wait for any time.
-    """
-    seconds = math.inf
-    if device.type == "cpu" and settings.max_wait_ms and not settings.batch_images:
-        seconds = _OF_WAIT * settings.max_wait_ms / 1000
-    return settings.batch_images or min(_BATCH, settings.queue_images), seconds
 
 
 def choose_device(name: str) -> torch.device:

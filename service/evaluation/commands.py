@@ -21,14 +21,14 @@ from core.evaluation.replay import replay as run_replay
 from core.evaluation.stream_file import load_stream
 from core.evaluation.stream_orders import Kind, order_of
 from core.readout.fusion import BranchWeights
-from service.app import load_encoder, open_rooms
 from service.classify import Fault
 from service.concurrency.worker_thread import choose_device
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import InvalidRequest
-from service.inference.predictor import Reading
+from service.inference.results import Reading
 from service.settings import DEFAULT_TENANT, Settings
 from service.tenants.configuration import put_tenant
+from service.wiring import load_encoder, open_rooms
 
 from .aggregate import Course, average, together
 from .datasets import DataSet, class_folders

@@ -21,12 +21,13 @@ from core.snapshot import Method
 from service.classify import ClassifyCall, Fault, classify
 from service.domain.tenant import Retention, TenantConfig
 from service.errors import InvalidRequest
-from service.images.decode import ImageFault, ImageUnreadable
-from service.inference.predictor import Choice, Reading
+from service.images.errors import ImageFault, ImageUnreadable
+from service.inference.results import Choice, Reading
 from service.services import Rooms
 from service.settings import DEFAULT_TENANT, Settings
 from service.tenants import training
-from service.tenants.configuration import LabelledImage, Shot, add_shots, delete_tenant, put_tenant
+from service.tenants.configuration import delete_tenant, put_tenant
+from service.tenants.shots import LabelledImage, Shot, add_shots
 
 from .aggregate import ADAPTED, Course, mean, over, tail, together
 from .datasets import DataSet, Picture

@@ -23,15 +23,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from service.app import open_rooms
+from service.domain.memory import StoredMemory
+from service.domain.records import Job, JobState
 from service.domain.tenant import TenantConfig
 from service.errors import InvalidRequest
-from service.serialization import reader
+from service.serialization import writer
 from service.services import Rooms
 from service.settings import DEFAULT_TENANT, Settings
-from service.stores.protocol import Job, JobState, StoredMemory
 from service.tenants import training
-from service.tenants.configuration import LabelledImage, Shot, add_shots, load, put_tenant
+from service.tenants.configuration import load, put_tenant
+from service.tenants.shots import LabelledImage, Shot, add_shots
+from service.wiring import open_rooms
 
 from .datasets import DataSet, Picture, class_folders
 from .run import FOREVER, call_size, parts, read
@@ -68,7 +70,7 @@ async def train_folder(
             if output is not None:
                 stored = bare(await load(rooms, DEFAULT_TENANT))
                 created = datetime.now(UTC).isoformat(timespec="seconds")
-                result["bytes"] = await asyncio.to_thread(reader.write, stored, output, created=created)
+                result["bytes"] = await asyncio.to_thread(writer.write, stored, output, created=created)
             return {
                 "encoder": rooms.encoder.name,
                 "classes": len(data.classes),

@@ -12,19 +12,20 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from core.errors import InvalidFeature
-from core.numerics import checked_unit
 from service.concurrency.fair_queue import Turns
 from service.concurrency.worker_thread import Worker
 from service.errors import DeadlineExceeded, Draining, Internal, InvalidRequest, QueueFull, ServiceError
+from service.settings import Settings
 from service.telemetry import logs
 from service.telemetry.metrics import Lap, Metrics
+
+from .encoding import encode_each
 
 _RATE_MEMORY = 0.8
 _RATE_BATCHES = 5
@@ -338,39 +339,17 @@ def _fail(items: Iterable[_Item], error: ServiceError) -> None:
             item.future.set_exception(error)
 
 
-def encode_each(encode: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> list[Tensor | ServiceError]:
-    """Return the features of every image, or its own error.
+_BATCH = 32
+_OF_WAIT = 0.1
+"""Of the longest wait that is allowed, for a batch on a CPU: everybody else waits for the one that is under way."""
 
-    A batch that does not fit the device is halved; one that fails otherwise is halved too, until the guilty image
-    stands alone. Its neighbours never hear of it.
+
+def batch_on(device: torch.device, settings: Settings) -> tuple[int, float]:
+    """Return how many images times views an encode batch has on a device at most, and how many seconds it may take.
+
+    The seconds are infinite where the settings say how many images it has, or let calls wait for any time.
     """
-    try:
-        features, sizes = encode(torch.cat(list(images))), [len(pixels) for pixels in images]
-        with suppress(InvalidFeature):
-            return list(torch.split(checked_unit(features), sizes))
-        return [_usable(own) for own in torch.split(features, sizes)]
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach the neighbours
-        if len(images) > 1:
-            logs.event(logs.BATCH_HALVED, images=len(images), reason=type(error).__name__)
-            middle = len(images) // 2
-            return encode_each(encode, images[:middle]) + encode_each(encode, images[middle:])
-        return _alone(encode, images[0], error)
-
-
-def _usable(features: Tensor) -> Tensor | ServiceError:
-    """Return an image's features if each is a direction; what a memory takes in, it keeps."""
-    try:
-        return checked_unit(features)
-    except InvalidFeature as error:
-        logs.event(logs.BATCH_FAILED, level=logging.ERROR, error=error)
-        return Internal("The encoder gave no usable feature for this image.")
-
-
-def _alone(encode: Callable[[Tensor], Tensor], views: Tensor, error: Exception) -> list[Tensor | ServiceError]:
-    """Encode the views of one image in halves if there is too little room for all, else blame the image."""
-    if isinstance(error, torch.OutOfMemoryError) and len(views) > 1:
-        parts = [encode_each(encode, [half])[0] for half in views.chunk(2)]
-        failed = next((part for part in parts if isinstance(part, ServiceError)), None)
-        return [failed or torch.cat([part for part in parts if isinstance(part, Tensor)])]
-    logs.event(logs.BATCH_FAILED, level=logging.ERROR, error=error)
-    return [Internal("The encoder failed on this image.")]
+    seconds = math.inf
+    if device.type == "cpu" and settings.max_wait_ms and not settings.batch_images:
+        seconds = _OF_WAIT * settings.max_wait_ms / 1000
+    return settings.batch_images or min(_BATCH, settings.queue_images), seconds

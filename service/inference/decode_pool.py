@@ -13,7 +13,9 @@ from torch import Tensor
 
 from core.encoders.protocol import Preprocess
 from service.concurrency.fair_queue import Turns
-from service.images.decode import Developed, Heavy, ImageLimits, cut, develop
+from service.images.decode import Developed, cut, develop
+from service.images.errors import Heavy
+from service.images.limits import ImageLimits
 
 T = TypeVar("T")
 

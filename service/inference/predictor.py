@@ -9,113 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
-from core.adaptive.adaptation import Adapted
-from core.classify import Answers, Sample, classify
-from core.memory.bank import Slots
+from core.classify import Answers
 from core.memory.codec import FEATURE_BYTES, encode_feature
-from core.memory.dynamic import DynamicMemory, Outcome, SlotWrite
-from core.memory.static import Shots
-from core.numerics import affinity
-from core.readout.projection import project_query, project_slots
+from core.memory.dynamic import Outcome, SlotWrite
 from service.concurrency.worker_thread import Worker
+from service.domain.memory import StoredSlot
 from service.errors import Contended, ServiceError, StoreAway, StoreDown
-from service.memory.cache import Archive, HotMemory
+from service.memory.cache import Archive
+from service.memory.hot_memory import HotMemory
 from service.memory.outbox import Outbox
-from service.stores.protocol import MemoryStore, PushCandidate, ReloadNeeded, Stamp, StoredSlot, Verdict
+from service.stores.protocol import MemoryStore, PushCandidate, ReloadNeeded, Verdict
 from service.telemetry import logs
 from service.telemetry.metrics import Lap, Metrics
 
+from .results import Learned, Question, Reading
+from .scoring import Scored, count_group, is_barred, score_group
+
 GROUP = 32
 """Images read together, and so candidates in one push, at most."""
-
-STRONGEST = 3
 _HELD = (Outcome.FILLED, Outcome.REPLACED, Outcome.DUPLICATE, "pending")
 _TRIES = 3
 _NEW_EPOCH = "the memory began a new epoch"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Learned:
-    """What became of an image in the dynamic memory; `outcome` is one of the metric's."""
-
-    outcome: str
-    label: str
-    entropy: float
-    slot: str | None = None
-    evicted: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Trace:
-    """One slot or shot that spoke for an answer; `entropy` of slots only."""
-
-    label: str
-    id: str
-    affinity: float
-    entropy: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Explanation:
-    """The strongest slots and shots behind an answer."""
-
-    dynamic: tuple[Trace, ...]
-    static: tuple[Trace, ...]
-
-
-class Choice(NamedTuple):
-    """A class that a branch gives an image, its position among the tenant's classes, and its probability."""
-
-    label: str
-    position: int
-    score: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """One image's answer: the first choice of each branch, and what they say together.
-
-    `probabilities` (c,), on the CPU, are those of the fusion in the tenant's order of classes, and `top` the likeliest
-    of them, `fused` the first of these. `stale` says that the memory may be behind the store's, or waits for upkeep;
-    `due` that it does the latter. `digest` is what the memory knows the image by.
-    """
-
-    probabilities: Tensor
-    top: tuple[Choice, ...]
-    text: Choice
-    dynamic: Choice
-    static: Choice | None
-    statistics: Choice | None
-    learned: Learned
-    explanation: Explanation | None
-    stamp: Stamp
-    stale: bool
-    due: bool
-    laps: list[Lap]
-    digest: str = ""
-
-    @property
-    def fused(self) -> Choice:
-        """The answer."""
-        return self.top[0]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Question:
-    """One image for the desk: the features of its views, its digest, and what is asked."""
-
-    views: Tensor
-    digest: str
-    learn: bool
-    explain: bool
-    top_k: int = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -219,7 +136,7 @@ class Desk:
         with self._metrics.stage("store", laps):
             learned = await self._learn(hot, group, answers)
         if answers.adapted is not None:
-            await self._worker.run(_count, hot, [waiting.question for waiting in group], answers.adapted)
+            await self._worker.run(count_group, hot, [waiting.question for waiting in group], answers.adapted)
             self._metrics.counted.labels("counted").inc(sum(map(len, answers.adapted.counted)))
         for waiting, own, one in zip(group, learned, said, strict=True):
             if waiting.future.done():
@@ -243,13 +160,13 @@ class Desk:
 
     async def _read(
         self, hot: HotMemory, group: list[_Waiting], laps: list[Lap]
-    ) -> tuple[Answers | None, list[_Said], list[_Waiting]]:
+    ) -> tuple[Answers | None, list[Scored], list[_Waiting]]:
         """Return the answers to those of a group who wait to the end; who leaves meanwhile leaves no trace in them."""
         while group:
             questions = [waiting.question for waiting in group]
             room = self._room(hot)
             with self._metrics.stage("memory", laps):
-                answers, said = await self._worker.run(_classify, hot, questions, room)
+                answers, said = await self._worker.run(score_group, hot, questions, room)
             stay = [waiting for waiting in group if not waiting.future.done()]
             if len(stay) == len(group):
                 return answers, said, group
@@ -346,103 +263,6 @@ def _fail(waiting: Collection[_Waiting], error: Exception) -> None:
         waiting.clear()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Said:
-    """What the memory said to one image."""
-
-    probabilities: Tensor
-    top: tuple[Choice, ...]
-    firsts: Mapping[str, Choice]
-    explanation: Explanation | None
-
-
-def _classify(hot: HotMemory, questions: Sequence[Question], room: int) -> tuple[Answers, list[_Said]]:
-    """Classify in the worker, and bring what callers ask for to the CPU, all of a group's at once."""
-    learn = hot.config.learn
-    samples = [
-        Sample(views=q.views, id=q.digest, learn=q.learn and learn, count=count)
-        for q, count in zip(questions, _to_count(hot, questions), strict=True)
-    ]
-    answers = classify(hot.shelves, samples, _may_store(hot, room))
-    said = [
-        _Said(
-            probabilities=p,
-            top=top[: question.top_k],
-            firsts=firsts,
-            explanation=_explain(hot, question.views[:1], seen) if question.explain else None,
-        )
-        for p, (top, firsts), seen, question in zip(
-            answers.fused.cpu(),
-            _choices(hot.names, answers, max(question.top_k for question in questions)),
-            answers.seen,
-            questions,
-            strict=True,
-        )
-    ]
-    return answers, said
-
-
-def _choices(
-    names: Sequence[str], answers: Answers, most: int
-) -> Iterator[tuple[tuple[Choice, ...], dict[str, Choice]]]:
-    """Yield each image's likeliest choices, so many at most, and the first choice of each branch that there is."""
-    every = {
-        "text": answers.text,
-        "dynamic": answers.dynamic,
-        "static": answers.static,
-        "statistics": answers.statistics,
-    }
-    held = {branch: p for branch, p in every.items() if p is not None}
-    likeliest, firsts = answers.fused.topk(min(len(names), most)), torch.stack(list(held.values()), 1).max(-1)
-    scores = torch.cat((firsts.values, likeliest.values), 1).tolist()
-    places = torch.cat((firsts.indices, likeliest.indices), 1).tolist()
-    for row in zip(scores, places, strict=True):
-        choices = [Choice(names[place], place, score) for score, place in zip(*row, strict=True)]
-        yield tuple(choices[len(held) :]), dict(zip(held, choices, strict=False))
-
-
-def _to_count(hot: HotMemory, questions: Sequence[Question]) -> list[bool]:
-    """Return of each image whether class statistics count it: not unasked, again, purged, or under other labels."""
-    if hot.tally is None or hot.due or not hot.config.learn:
-        return [False] * len(questions)
-    purged = {id_ for _, id_ in hot.barred}
-    may = [question.learn and question.digest not in purged for question in questions]
-    new = iter(hot.tally.is_new([question.digest for question, own in zip(questions, may, strict=True) if own]))
-    return [own and next(new) for own in may]
-
-
-def _count(hot: HotMemory, questions: Sequence[Question], adapted: Adapted) -> None:
-    """Take in what was counted of a group that was answered; in the worker, where nobody reads meanwhile."""
-    if hot.tally is None or not adapted.counted:
-        return
-    digests = [own.digest for own, count in zip(questions, _to_count(hot, questions), strict=True) if count]
-    for some in adapted.counted:
-        hot.tally.add(some)
-    hot.tally.remember(digests)
-    hot.shelves.advance(replace(hot.snapshot, adaptation=adapted.adaptation))
-
-
-def _may_store(hot: HotMemory, room: int) -> Callable[[SlotWrite], bool]:
-    """Return who may enter: not what was purged, and no more fills than there is room for.
-
-    Nobody, for now, where the slots were scored under another label set: entropies of two cannot be compared.
-    """
-
-    def may(write: SlotWrite) -> bool:
-        nonlocal room
-        fills = write.outcome is Outcome.FILLED
-        if hot.due or _is_barred(hot, write) or (fills and room <= 0):
-            return False
-        room -= fills
-        return True
-
-    return may
-
-
-def _is_barred(hot: HotMemory, write: SlotWrite) -> bool:
-    return (hot.config.classes[write.candidate.label].id, str(write.candidate.id)) in hot.barred
-
-
 def _candidate(hot: HotMemory, write: SlotWrite) -> PushCandidate:
     sample = write.candidate
     slot = StoredSlot(id=str(sample.id), entropy=sample.entropy, feature=encode_feature(sample.key))
@@ -462,7 +282,7 @@ def _learned(
     elif write.slot is None:
         outcome = str(write.outcome)
     else:
-        outcome = str(Outcome.REJECTED) if _is_barred(hot, write) else "skipped"
+        outcome = str(Outcome.REJECTED) if is_barred(hot, write) else "skipped"
     sample = write.candidate
     return Learned(
         outcome=outcome,
@@ -470,33 +290,4 @@ def _learned(
         entropy=sample.entropy,
         slot=str(sample.id) if outcome in _HELD else None,
         evicted=None if verdict is None else verdict.evicted,
-    )
-
-
-def _explain(hot: HotMemory, x: Tensor, memory: DynamicMemory) -> Explanation:
-    """Return the slots and shots of highest affinity, Eq. (9), among those that the memory holds."""
-    snapshot = hot.snapshot
-    names = hot.names
-    query = project_query(x, snapshot.projection)[0]
-
-    def strongest(banks: Sequence[Slots | Shots]) -> list[tuple[int, int, float]]:
-        held = [index for index, bank in enumerate(banks) if len(bank)]
-        found = []
-        for index in held:
-            keys = banks[index].keys.to(query)[None]
-            offset = None if snapshot.projection is None else snapshot.projection.key[index][None]
-            close = affinity(project_slots(keys, offset)[0] @ query, snapshot.beta)
-            values, places = close.topk(min(STRONGEST, len(close)))
-            found += [(index, place, value) for value, place in zip(values.tolist(), places.tolist(), strict=True)]
-        return sorted(found, key=lambda one: -one[2])[:STRONGEST]
-
-    slots, shots = memory.classes, snapshot.static.classes
-    return Explanation(
-        dynamic=tuple(
-            Trace(label=names[c], id=str(slots[c].ids[i]), affinity=value, entropy=slots[c].entropies[i])
-            for c, i, value in strongest(slots)
-        ),
-        static=tuple(
-            Trace(label=names[c], id=str(shots[c].ids[i]), affinity=value) for c, i, value in strongest(shots)
-        ),
     )

@@ -9,46 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
-from dataclasses import dataclass, fields, replace
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from core.adaptive.adaptation import Adaptation
 from core.encoders.protocol import Encoder
-from core.errors import IncompatibleMemory
-from core.memory.bank import Slots
-from core.memory.codec import FEATURE_BYTES, decode_features
-from core.memory.dynamic import DynamicMemory
-from core.memory.static import Shots, StaticMemory
 from core.prepared_banks import Shelves
-from core.readout.projection import Projection
-from core.snapshot import Snapshot
 from service.concurrency.keyed_lock import KeyedLocks
 from service.concurrency.worker_thread import Worker
-from service.domain.tenant import ClassSpec, TenantConfig
-from service.errors import FingerprintMismatch, NoClasses, StoreDown, UnknownTenant
-from service.stores.protocol import (
-    OFFSETS,
-    Change,
-    MemoryStore,
-    ReloadNeeded,
+from service.domain.memory import (
     Stamp,
-    StoredBank,
-    StoredMemory,
-    StoredShot,
-    StoredSlot,
     TenantRecord,
     digest_of,
 )
+from service.domain.tenant import ClassSpec, TenantConfig
+from service.errors import NoClasses, StoreDown, UnknownTenant
+from service.stores.protocol import Change, MemoryStore, ReloadNeeded
 from service.telemetry import logs
 from service.telemetry.metrics import Lap, Metrics
 
-from .statistics import Ledger, Tally, begin, decode
+from .convert import snapshot_of, static_bytes
+from .fingerprint import check_fingerprint
+from .hot_memory import HotMemory, apply_changes, update_adaptation
+from .statistics import Tally, begin
+from .statistics_sync import Ledger
 from .text_features import TextFeatures
 
 _MOST_LEFT = 8
@@ -56,58 +40,6 @@ _MOST_LEFT = 8
 
 _VERIFIED = 64
 """Classes that are compared with the store at a time."""
-
-
-@dataclass(slots=True)
-class HotMemory:
-    """One tenant's memory, ready to be read. `shelves` is touched in the reader alone.
-
-    `names` are those of the classes, and `position` leads from class id to their position; `barred` are purged slots;
-    `filled` are dynamic slots and `shots` those that have a feature; `nbytes` counts features and what is kept ready
-    from them, `static_bytes` shots and offsets. `tally` is there with the method `auto`. `unread` shots wait for this
-    encoder to read their images. `due` says that these, or slots that were scored under other labels, come before the
-    memory is what it should be. `away` says that the store could not be asked how it stands.
-    """
-
-    record: TenantRecord
-    stamp: Stamp
-    shelves: Shelves
-    synced_at: float
-    verified_at: float
-    static_bytes: int
-    names: tuple[str, ...]
-    position: dict[str, int]
-    shots: int = 0
-    barred: frozenset[tuple[str, str]] = frozenset()
-    unread: int = 0
-    due: bool = False
-    filled: int = 0
-    nbytes: int = 0
-    away: bool = False
-    tally: Tally | None = None
-
-    @property
-    def stale(self) -> bool:
-        """Whether answers may differ from those of the memory as it should be."""
-        return self.away or self.due
-
-    @property
-    def config(self) -> TenantConfig:
-        """The tenant's configuration."""
-        return self.record.config
-
-    @property
-    def snapshot(self) -> Snapshot:
-        """The memory as it is now."""
-        return self.shelves.snapshot
-
-    def measure(self, filled: int) -> None:
-        """Count what is held, with so many dynamic slots filled; after each change, in the worker."""
-        features = (filled + self.shots) * FEATURE_BYTES * self.snapshot.text.shape[-1]
-        self.filled = filled
-        self.nbytes = self.shelves.nbytes + self.snapshot.text.nbytes + features
-        if self.tally is not None and self.snapshot.adaptation is not None:
-            self.nbytes += self.tally.nbytes + self.snapshot.adaptation.nbytes
 
 
 class Archive:
@@ -194,7 +126,7 @@ class Archive:
     async def take_back(self, hot: HotMemory, stamp: Stamp, changes: Sequence[Change]) -> None:
         """Bring an opened memory to a stamp by the store's slot changes."""
         if changes:
-            await self._worker.run(_apply, hot, changes)
+            await self._worker.run(apply_changes, hot, changes)
         hot.stamp, hot.synced_at, hot.away = stamp, self._clock(), False
 
     def drop(self, tenant: str) -> None:
@@ -219,7 +151,7 @@ class Archive:
         # Also where nothing came: who opens the memory now would read all that was counted.
         if new or (adaptation is not None and adaptation.behind):
             async with self.exclusive(tenant):
-                await self._worker.run(_recount, hot)
+                await self._worker.run(update_adaptation, hot)
 
     async def hand_in(self, tenant: str) -> None:
         """Do as `exchange` does, and read the memory from now on as who opens it anew reads it.
@@ -231,7 +163,7 @@ class Archive:
         if hot is not None and hot.tally is not None:
             with suppress(ReloadNeeded):
                 await self._ledger.exchange(hot.tally, hot.stamp)
-                await self._worker.run(_recount, hot)
+                await self._worker.run(update_adaptation, hot)
 
     async def settle(self, *, tenant: str | None = None, everything: bool = False) -> None:
         """Write what dropped memories had counted, of all tenants or of one; with `everything` what hot ones have too.
@@ -423,160 +355,3 @@ class _Held:
             total + new - old
             for total, new, old in zip((self.nbytes, self.filled, self.room), now, before, strict=True)
         )
-
-
-def check_fingerprint(record: TenantRecord, encoder: Encoder) -> None:
-    """Return if a tenant's features were made with this encoder.
-
-    Raises:
-        FingerprintMismatch: they were not; says what differs and what to do.
-    """
-    differs = differences(record, encoder)
-    if differs:
-        raise FingerprintMismatch(
-            f"The memory of {record.name!r} was {differs}. Serve with DMN_ENCODER="
-            f"{record.origin.get('encoder', '...')}, or PUT /tenants/{record.name} again: shots whose images are kept "
-            "are then read by this encoder, and the dynamic memory starts afresh."
-        )
-
-
-def differences(record: TenantRecord, encoder: Encoder) -> str:
-    """Return in what the encoder that made a memory differs from this one, as the end of a sentence; or nothing."""
-    if record.fingerprint == encoder.fingerprint:
-        return ""
-    made, own = record.origin, encoder.origin
-    names = [name for name in own if made.get(name) != own[name]]
-    return (
-        f"made with the encoder {made.get('encoder', '(unknown)')} ({record.fingerprint[:12]}), and this service runs "
-        f"{encoder.name} ({encoder.fingerprint[:12]}): {', '.join(names) or 'fingerprints'} differ"
-    )
-
-
-def origin_of(encoder: Encoder) -> dict[str, str]:
-    """Return what a tenant's record says of where its features come from."""
-    return {"encoder": encoder.name, **encoder.origin}
-
-
-def stack_features(stored: Iterable[StoredSlot | StoredShot], dim: int) -> Tensor:
-    """Return stored features (n, d) in half precision."""
-    return decode_features(b"".join(one.feature for one in stored), dim)
-
-
-def static_bytes(stored: StoredMemory, dim: int) -> int:
-    """Return the bytes of shots, their kept images and trained offsets: those that no image of a stream adds to.
-
-    A shot that waits for its feature counts with it.
-    """
-    shots = [shot for own in stored.shots.values() for shot in own]
-    return stored.offsets.nbytes + sum(shot.nbytes + (0 if shot.feature else dim * FEATURE_BYTES) for shot in shots)
-
-
-def held_bytes(stored: StoredMemory, dim: int) -> int:
-    """Return the bytes of features, kept images and trained offsets that count against a tenant's limit."""
-    return sum(len(bank) for bank in stored.slots.values()) * dim * FEATURE_BYTES + static_bytes(stored, dim)
-
-
-def encode_offsets(projection: Projection, class_ids: Sequence[str]) -> dict[str, bytes]:
-    """Return trained offsets as a store keeps them: by class id, five vectors of little-endian float32 in one row."""
-    parts = [getattr(projection, field.name) for field in fields(Projection)]
-    rows = torch.cat(parts, dim=1).cpu().numpy().astype("<f4")
-    return {class_id: row.tobytes() for class_id, row in zip(class_ids, rows, strict=True)}
-
-
-def projection_of(stored: StoredMemory, like: Tensor) -> Projection | None:
-    """Return a memory's trained offsets for class weights `like` (c, d), zero for classes without; None if untrained.
-
-    Raises:
-        IncompatibleMemory: they are of another size.
-    """
-    if stored.offsets.training is None:
-        return None
-    classes, dim = like.shape
-    table = np.zeros((classes, OFFSETS * dim), np.float32)
-    for at, spec in enumerate(stored.record.config.classes):
-        row = stored.offsets.rows.get(spec.id)
-        if row is not None:
-            if len(row) != table.itemsize * table.shape[1]:
-                raise IncompatibleMemory(
-                    f"Trained offsets have {len(row)} bytes a class; expected {OFFSETS * dim} entries."
-                )
-            table[at] = np.frombuffer(row, "<f4")
-    parts = torch.from_numpy(table).to(like).split(dim, dim=1)
-    return Projection(**{field.name: part.clone() for field, part in zip(fields(Projection), parts, strict=True)})
-
-
-def snapshot_of(stored: StoredMemory, text: Tensor, tau: float) -> Snapshot:
-    """Return a stored memory as core reads it, for class weights and the encoder's logit scale."""
-    config, dim = stored.record.config, text.shape[-1]
-    banks = [stored.slots.get(spec.id, StoredBank()) for spec in config.classes]
-    shots = [[shot for shot in stored.shots.get(spec.id, ()) if shot.feature] for spec in config.classes]
-    static = StaticMemory(
-        classes=tuple(
-            Shots(keys=stack_features(own, dim).to(text.device), ids=tuple(shot.id for shot in own)) for own in shots
-        )
-    )
-    return Snapshot(
-        text=text,
-        dynamic=DynamicMemory(classes=tuple(_slots(bank, dim, text.device) for bank in banks), slots=config.slots),
-        static=static,
-        projection=projection_of(stored, text),
-        tau=tau,
-        beta=config.beta,
-        weights=config.weights,
-        adaptation=_adaptation(stored, text, static, tau) if config.method == "auto" else None,
-    )
-
-
-def _adaptation(stored: StoredMemory, text: Tensor, static: StaticMemory, tau: float) -> Adaptation:
-    ids = [spec.id for spec in stored.record.config.classes]
-    return Adaptation.begin(text, static, tau, decode(stored.statistics, ids, text))
-
-
-def _slots(bank: StoredBank, dim: int, device: torch.device) -> Slots:
-    return Slots(keys=decode_features(bank.features, dim).to(device), entropies=bank.entropies, ids=bank.ids)
-
-
-def _apply(hot: HotMemory, changes: Sequence[Change]) -> None:
-    """Write the store's slot changes into a hot memory; only the classes that they touch are made anew."""
-    snapshot = hot.snapshot
-    classes, dim = list(snapshot.dynamic.classes), snapshot.text.shape[-1]
-    touched: dict[int, dict[str, StoredSlot | None]] = {}
-    for change in changes:
-        own = touched.setdefault(hot.position[change.class_id], {})
-        own[change.slot.id] = change.slot
-        if change.evicted is not None:
-            own[change.evicted] = None
-    filled = hot.filled
-    for index, own in touched.items():
-        filled -= len(classes[index])
-        classes[index] = _rewrite(classes[index], own, dim)
-        filled += len(classes[index])
-    memory = DynamicMemory(classes=tuple(classes), slots=snapshot.dynamic.slots)
-    hot.shelves.advance(replace(snapshot, dynamic=memory))
-    hot.measure(filled)
-
-
-def _recount(hot: HotMemory) -> None:
-    """Bring a hot memory's adaptation to what all counters have counted, as whoever opens it now reads it."""
-    snapshot = hot.snapshot
-    if hot.tally is not None and snapshot.adaptation is not None:
-        hot.shelves.advance(replace(snapshot, adaptation=snapshot.adaptation.known(hot.tally.total, anew=True)))
-        hot.measure(hot.filled)
-
-
-def _rewrite(bank: Slots, own: dict[str, StoredSlot | None], dim: int) -> Slots:
-    """Return a bank with slots put in or, where there is None, taken out; in the order that a store reads them in.
-
-    So the same slots give the same answers to the last bit, however they came together.
-    """
-    new = [slot for slot in own.values() if slot is not None]
-    entropies = (*bank.entropies, *(slot.entropy for slot in new))
-    ids = (*bank.ids, *(slot.id for slot in new))
-    held = [slot for slot, id_ in enumerate(ids) if slot >= len(bank) or id_ not in own]
-    order = sorted(held, key=lambda slot: (entropies[slot], ids[slot]))
-    keys = torch.cat((bank.keys, stack_features(new, dim).to(bank.keys.device)))
-    return Slots(
-        keys=keys.index_select(0, torch.tensor(order, dtype=torch.long, device=keys.device)),
-        entropies=tuple(entropies[slot] for slot in order),
-        ids=tuple(ids[slot] for slot in order),
-    )

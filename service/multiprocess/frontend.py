@@ -25,22 +25,25 @@ from starlette.datastructures import MutableHeaders, QueryParams
 from starlette.types import Message, Receive, Scope, Send
 
 from core.encoders.protocol import Preprocess
-from service.access.authentication import Gate, claimed_tenant
+from service.access.api_keys import claimed_tenant
+from service.access.authentication import Gate
 from service.api import problems
 from service.api.middleware import Porch, patience_of
 from service.api.request_params import headers_of
 from service.api.routes import admin, classify
 from service.api.routes.classify_fast_path import Shortcut
-from service.api.schemas.base import CheckOut, LiveOut, ReadyOut
+from service.api.schemas.health import CheckOut, LiveOut, ReadyOut
 from service.api.security import Guarded
 from service.classify import ClassifyCall
+from service.domain.records import StoredKey
 from service.errors import DeadlineExceeded, QueueFull, ServiceError, StoreDown
-from service.images.decode import Developed, ImageFault, ImageLimits
+from service.images.decode import Developed
+from service.images.errors import ImageFault
+from service.images.limits import ImageLimits
 from service.inference.decode_pool import Darkroom
 from service.server import event_loop
 from service.server.http_server import Door
 from service.settings import DEFAULT_TENANT, Settings, operator_key_of
-from service.stores.protocol import StoredKey
 from service.telemetry import tracing
 from service.telemetry.metrics import Metrics
 

@@ -31,7 +31,8 @@ from rich.console import Console
 
 from service.server.http_server import Address, announce
 from service.settings import Settings
-from service.stores.embedded.server import embedded_server, settled
+from service.stores.embedded.binary import resolve_store
+from service.stores.embedded.server import embedded_server
 from service.telemetry import logs
 
 from .control import Plan
@@ -63,7 +64,7 @@ def keep(settings: Settings, console: Console) -> int:
         StoreDown: the embedded store does not start.
         OSError: the address cannot be listened on, or a process cannot start; says why.
     """
-    settings = settled(settings)
+    settings = resolve_store(settings)
     devices = settings.devices or (settings.device,)
     if settings.store == "memory" and len(devices) > 1:
         raise ValueError(

@@ -26,19 +26,21 @@ from starlette.types import Message
 
 from service import health
 from service.api.problems import AllFailed, problem, problem_response, refusal
-from service.api.routes.classify import answered
+from service.api.routes.classify_answer import answered
 from service.api.routes.health import measure, ready
-from service.app import create_app, open_rooms
+from service.app import create_app
 from service.classify import ClassifyCall
 from service.errors import Internal, ServiceError, StoreDown
-from service.images.decode import Developed, ImageFault, ImageTooLarge, ImageUnreadable, UnsupportedMediaType
+from service.images.decode import Developed
+from service.images.errors import ImageFault, ImageTooLarge, ImageUnreadable, UnsupportedMediaType
 from service.server import event_loop
 from service.services import Rooms
 from service.telemetry import logs
+from service.wiring import open_rooms
 
 from .control import Lifeline, Plan
 from .ipc import Frame, Line
-from .worker_client import told_of
+from .messages import key_fields
 
 _FAULTS: dict[str, type[ImageFault]] = {
     kind.slug: kind for kind in (ImageTooLarge, ImageUnreadable, UnsupportedMediaType)
@@ -141,7 +143,7 @@ class _Counter:
             found = await self._rooms.store.find_keys(ids)
         except StoreDown as error:
             found = [error] * len(ids)
-        return [told_of(one) for one in found]
+        return [key_fields(one) for one in found]
 
     async def _link(self, line: Line) -> None:
         """Answer calls until the front is gone; what it had asked by then is given up, as when a client leaves."""

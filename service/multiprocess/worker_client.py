@@ -6,21 +6,23 @@ import asyncio
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from core.encoders.protocol import Preprocess
-from service.api.schemas.base import ReadyOut
+from service.api.schemas.health import ReadyOut
 from service.classify import ClassifyCall, Delivery
+from service.domain.records import StoredKey
 from service.errors import DeadlineExceeded, QueueFull, StoreDown
-from service.images.decode import Developed, ImageFault
-from service.stores.protocol import StoredKey
+from service.images.decode import Developed
+from service.images.errors import ImageFault
 from service.telemetry import logs
 
 from .ipc import Frame, Line, connect
+from .messages import call_fields, found_key, preprocess_of, scope_fields
 
 Image = bytes | ImageFault | Delivery
 
@@ -107,7 +109,7 @@ class Window:
         own = _Call(tenant=call.tenant, images=call.images, views=call.views)
         self._calls[id_] = own
         self.load += size
-        line.send(_told(call, key, digest) | {"do": "call", "id": id_, "left_s": left_s})
+        line.send(call_fields(call, key, digest) | {"do": "call", "id": id_, "left_s": left_s})
         try:
             async with asyncio.timeout(max(0.0, left_s) + GRACE_S):
                 frame = await own.answer
@@ -159,7 +161,7 @@ class Window:
             line.close()
         if frame is None:
             raise left_alone()
-        return [_found(one) for one in frame.head["found"]]
+        return [found_key(one) for one in frame.head["found"]]
 
     # What the worker says --------------------------------------------------------------------------------------------
 
@@ -170,7 +172,7 @@ class Window:
             line.send({"do": "link"})
             while (frame := await line.receive()) is not None:
                 if frame.head["is"] == "here":
-                    met(_preprocess(frame.head["preprocess"]))
+                    met(preprocess_of(frame.head["preprocess"]))
                     self._line = line
                 else:
                     self._hear(line, frame)
@@ -225,7 +227,7 @@ class Window:
             raise nobody_there() from error
         body = asyncio.create_task(_carry(line, receive))
         try:
-            line.send({"do": "http", "scope": _of(scope)})
+            line.send({"do": "http", "scope": scope_fields(scope)})
             await _bring(line, send)
         except QueueFull:
             if not body.done():  # or it is the client that is gone
@@ -258,49 +260,3 @@ async def _bring(line: Line, send: Send) -> None:
     if not started:
         raise left_alone()
     logs.event(logs.ANSWER_CUT, level=logging.WARNING, why="the worker process ended in the midst of its answer")
-
-
-def _preprocess(told: dict[str, Any]) -> Preprocess:
-    return Preprocess(**told | {"mean": tuple(told["mean"]), "std": tuple(told["std"])})
-
-
-def told_of(found: StoredKey | StoreDown | None) -> dict[str, Any] | None:
-    """Return what was found out about a key as it is sent; `_found` reads it."""
-    if isinstance(found, StoreDown):
-        return {"fault": found.detail, "retry_after_s": found.retry_after_s}
-    return None if found is None else asdict(found)
-
-
-def _found(told: dict[str, Any] | None) -> StoredKey | StoreDown | None:
-    if told is None:
-        return None
-    if "fault" in told:
-        return StoreDown(told["fault"], retry_after_s=told["retry_after_s"])
-    return StoredKey(**{**told, "scopes": tuple(told["scopes"])})
-
-
-def _told(call: ClassifyCall, key: str | None, digest: str) -> dict[str, Any]:
-    """Return a call as it is sent, without its images."""
-    return {
-        "tenant": call.tenant,
-        "images": len(call.images),
-        "learn": call.learn,
-        "views": call.views,
-        "explain": call.explain,
-        "top_k": call.top_k,
-        "key": key,
-        "digest": digest,
-        "request_id": logs.request_id.get(),
-        "traceparent": logs.traceparent.get(),
-    }
-
-
-def _of(scope: Scope) -> dict[str, Any]:
-    """Return what makes a request, as it is sent."""
-    same = {name: scope[name] for name in ("http_version", "method", "scheme", "path", "client", "server")}
-    return same | {
-        "root_path": scope.get("root_path", ""),
-        "raw_path": scope["raw_path"].decode("latin-1"),
-        "query_string": scope["query_string"].decode("latin-1"),
-        "headers": [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]],
-    }

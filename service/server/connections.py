@@ -18,7 +18,7 @@ from typing import Any, cast
 from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from service.errors import PROBLEMS
+from service.problem_types import PROBLEMS
 
 LINGER_S = 1.0
 """For whoever is turned away to read why: who hangs up on unread bytes takes back what it said last."""

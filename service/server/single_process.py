@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from service.app import create_app, open_rooms
+from service.app import create_app
 from service.settings import Settings
+from service.wiring import open_rooms
 
 from . import event_loop
 from .http_server import Address, Door, announce

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from core.memory.dynamic import Outcome
-from service.domain.tenant import TenantConfig, is_shadow
-from service.errors import StoreDown
-
-from .protocol import (
+from service.domain.memory import (
     SEED,
-    Allowance,
-    Change,
-    Conflict,
     Count,
-    Job,
-    Lease,
-    PushCandidate,
-    Pushed,
-    Quota,
-    ReloadNeeded,
-    Remembered,
-    SnapshotInfo,
     Stamp,
     StoredBank,
-    StoredKey,
     StoredMemory,
     StoredOffsets,
     StoredShot,
     StoredSlot,
     StoredStatistics,
-    Synced,
     TenantRecord,
-    Verdict,
     digest_of,
     shown_of,
 )
+from service.domain.quotas import Allowance, Lease, Quota
+from service.domain.records import Job, Remembered, SnapshotInfo, StoredKey
+from service.domain.tenant import TenantConfig, is_shadow
+from service.errors import StoreDown
+
+from .in_process_documents import CachedResponses
+from .protocol import Change, Conflict, PushCandidate, Pushed, ReloadNeeded, Synced, Verdict
 from .token_bucket import OwnLimits
 
 LOG_LENGTH = 2048
@@ -72,7 +62,7 @@ class InProcessStore:
 
     def __init__(self, *, clock: Callable[[], float], remember_s: float, remember_bytes: int) -> None:
         self._tenants: dict[str, _Held] = {}
-        self._answers: dict[str, _Answers] = {}
+        self._answers: dict[str, CachedResponses] = {}
         self._remember_s, self._remember_bytes = remember_s, remember_bytes
         self._epochs: dict[str, int] = {}
         self._clock = clock
@@ -308,13 +298,13 @@ class InProcessStore:
         if held is None or (job.id in held.jobs and held.jobs[job.id].over):
             return False
         held.jobs[job.id] = job
-        for old in [known for known in _by_age(held.jobs.values()) if known.over][: max(0, len(held.jobs) - JOBS)]:
+        for old in [known for known in by_age(held.jobs.values()) if known.over][: max(0, len(held.jobs) - JOBS)]:
             del held.jobs[old.id]
         return True
 
     async def jobs(self, tenant: str) -> Sequence[Job]:
         held = self._tenants.get(tenant)
-        return [] if held is None else _by_age(held.jobs.values())
+        return [] if held is None else by_age(held.jobs.values())
 
     async def claim(self, tenant: str, what: str, seconds: float) -> bool:
         now, claimed = self._clock(), (tenant, what)
@@ -329,7 +319,7 @@ class InProcessStore:
 
     async def remember(self, tenant: str, key: str, answer: Remembered) -> None:
         if tenant not in self._answers:
-            self._answers[tenant] = _Answers(self._clock, self._remember_s, self._remember_bytes)
+            self._answers[tenant] = CachedResponses(self._clock, self._remember_s, self._remember_bytes)
         self._answers[tenant].put(key, answer)
 
     async def keep_key(self, key: StoredKey) -> bool:
@@ -449,37 +439,8 @@ def _write(held: _Held, change: Change) -> Change:
     return change
 
 
-class _Answers:
-    """A tenant's answers by idempotency key, the oldest dropped first when time or room is up."""
-
-    def __init__(self, clock: Callable[[], float], keep_s: float, keep_bytes: int) -> None:
-        self._clock, self._keep_s, self._room = clock, keep_s, keep_bytes
-        self._kept: OrderedDict[str, tuple[float, Remembered]] = OrderedDict()
-
-    def get(self, key: str) -> Remembered | None:
-        self._drop_old()
-        found = self._kept.get(key)
-        return None if found is None else found[1]
-
-    def put(self, key: str, answer: Remembered) -> None:
-        self._drop(key)
-        self._kept[key] = (self._clock() + self._keep_s, answer)
-        self._room -= len(answer.body)
-        while self._room < 0:
-            self._drop(next(iter(self._kept)))
-
-    def _drop_old(self) -> None:
-        now = self._clock()
-        while self._kept and next(iter(self._kept.values()))[0] <= now:
-            self._drop(next(iter(self._kept)))
-
-    def _drop(self, key: str) -> None:
-        found = self._kept.pop(key, None)
-        if found is not None:
-            self._room += len(found[1].body)
-
-
-def _by_age(jobs: Iterable[Job]) -> list[Job]:
+def by_age(jobs: Iterable[Job]) -> list[Job]:
+    """Return jobs, the oldest first."""
     return sorted(jobs, key=lambda job: (job.created, job.id))
 
 

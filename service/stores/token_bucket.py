@@ -9,44 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from service.stores.redis.keys import Keys
-
-from .protocol import Allowance, Lease, Quota
+from service.domain.quotas import MICROSECONDS, Allowance, Lease, Quota
 
 NEARLY = 1e-3
 """Tokens that may be owed: what rounding takes must not make a caller wait who came when it was told to."""
-
-_MICROSECONDS = 1e6
-
-Run = Callable[[str, Sequence[str], Sequence[str | bytes | float]], Awaitable[Any]]
-"""Runs a script by name, with keys and arguments."""
-
-
-class Limits:
-    """Quotas in Redis, by the clock of the server that has the tenant: clocks of callers may differ."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    async def admit(
-        self, keys: Keys, quota: Quota, images: int, lease: Lease, *, lasts_s: float, over: Sequence[Lease]
-    ) -> Allowance:
-        """Return as `MemoryStore.admit` does."""
-        asked = (images, repr(quota.rate), quota.burst, quota.concurrent, _name(lease), _ms(lasts_s))
-        wait, crowded, tokens, held = await self._run("admit.lua", keys.quota, [*asked, *map(_name, over)])
-        return Allowance(wait_s=wait / _MICROSECONDS, crowded=bool(crowded), tokens=float(tokens), held=held)
-
-    async def renew(self, keys: Keys, leases: Sequence[Lease], *, lasts_s: float) -> None:
-        """Do as `MemoryStore.renew` does."""
-        await self._run("lease.lua", keys.quota[1:], (_ms(lasts_s), *map(_name, leases)))
-
-    async def release(self, keys: Keys, leases: Sequence[Lease]) -> None:
-        """Do as `MemoryStore.release` does."""
-        await self._run("lease.lua", keys.quota[1:], (0, *map(_name, leases)))
 
 
 class OwnLimits:
@@ -98,7 +67,7 @@ class _Meter:
         if quota.concurrent and lease in self.ends:
             return Allowance(wait_s=0.0, crowded=False, tokens=tokens, held=held)
         short = images - tokens if quota.rate else 0.0
-        wait_s = math.ceil(_MICROSECONDS * short / quota.rate) / _MICROSECONDS if short > NEARLY else 0.0
+        wait_s = math.ceil(MICROSECONDS * short / quota.rate) / MICROSECONDS if short > NEARLY else 0.0
         crowded = 0 < quota.concurrent < held + lease.images
         if not wait_s and not crowded:
             tokens -= images if quota.rate else 0
@@ -127,12 +96,3 @@ class _Meter:
     def _tokens(self, now: float, quota: Quota) -> float:
         """Return how many there are now; a clock that was set back brings none."""
         return min(quota.burst, self.tokens + max(0.0, now - self.at) * quota.rate) if quota.rate else quota.burst
-
-
-def _name(lease: Lease) -> str:
-    """Return how a lease is written: what it holds, and whose it is."""
-    return f"{lease.images}:{lease.id}"
-
-
-def _ms(seconds: float) -> int:
-    return max(1, round(1000 * seconds))

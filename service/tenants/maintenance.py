@@ -13,7 +13,7 @@ from torch import Tensor
 
 from service.domain.tenant import is_shadow
 from service.errors import NoClasses, ServiceError, StoreDown, UnknownTenant
-from service.memory.statistics import EXCHANGE_S
+from service.memory.statistics_sync import EXCHANGE_S
 from service.services import Rooms
 from service.telemetry import logs
 

@@ -10,13 +10,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
+from service.domain.memory import StoredMemory, TenantRecord
+from service.domain.records import SnapshotInfo
 from service.domain.tenant import shadow_of
 from service.errors import Contended, FingerprintMismatch, InvalidRequest, LimitExceeded, UnknownSnapshot, UnknownTenant
-from service.memory.cache import differences, held_bytes
-from service.serialization import reader
+from service.memory.convert import held_bytes
+from service.memory.fingerprint import differences
+from service.serialization import reader, writer
 from service.services import Rooms
 from service.settings import Settings
-from service.stores.protocol import Conflict, SnapshotInfo, StoredMemory, TenantRecord
+from service.stores.protocol import Conflict
 from service.telemetry import logs
 
 MANUAL = "manual"
@@ -166,7 +169,7 @@ async def send_out(rooms: Rooms, tenant: str) -> tuple[int, Iterator[bytes]]:
         await rooms.archive.hand_in(tenant)
         stored = await load_whole(rooms, tenant)
     created = _iso(rooms.wall())
-    return reader.size_of(stored, created=created), reader.parts(stored, created=created)
+    return writer.size_of(stored, created=created), writer.parts(stored, created=created)
 
 
 async def load_whole(rooms: Rooms, tenant: str) -> StoredMemory:
@@ -192,10 +195,10 @@ async def _take(rooms: Rooms, tenant: str, stored: StoredMemory, reason: str) ->
         classes=len(stored.record.config.classes),
         slots=_slots(stored),
         shots=_shots(stored),
-        bytes=reader.size_of(stored, created=_iso(now)),
+        bytes=writer.size_of(stored, created=_iso(now)),
     )
     too_many = _too_many(await rooms.store.snapshots(tenant), info, rooms.settings)
-    if not await rooms.store.keep_snapshot(tenant, info, reader.parts(stored, created=_iso(now))):
+    if not await rooms.store.keep_snapshot(tenant, info, writer.parts(stored, created=_iso(now))):
         raise UnknownTenant(f"There is no tenant {tenant!r}.")
     for old in too_many:
         await rooms.store.drop_snapshot(tenant, old.id)

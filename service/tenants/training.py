@@ -21,8 +21,9 @@ from core.errors import UnfitShots
 from core.snapshot import Snapshot
 from core.training.recipe import DEFAULT_EPOCHS, Progress, Queries, Recipe, Trained, check, needed_bytes
 from core.training.trainer import course
-from service.background import reindex
 from service.background.jobs import Report
+from service.domain.memory import OFFSETS, StoredMemory, StoredOffsets, StoredShot, TenantRecord, Training
+from service.domain.records import Job
 from service.errors import (
     Contended,
     Internal,
@@ -34,23 +35,14 @@ from service.errors import (
     ServiceError,
     UnknownTenant,
 )
-from service.images.decode import ImageFault
-from service.memory.cache import check_fingerprint, encode_offsets, held_bytes, origin_of, snapshot_of, stack_features
+from service.images.errors import ImageFault
+from service.memory.convert import encode_offsets, held_bytes, snapshot_of, stack_features
+from service.memory.fingerprint import check_fingerprint, origin_of
 from service.services import Rooms
-from service.stores.protocol import (
-    OFFSETS,
-    Conflict,
-    Job,
-    ReloadNeeded,
-    StoredMemory,
-    StoredOffsets,
-    StoredShot,
-    TenantRecord,
-    Training,
-)
+from service.stores.protocol import Conflict, ReloadNeeded
 from service.telemetry import logs
 
-from . import snapshots
+from . import reindex, snapshots
 
 KIND = "train"
 """What the jobs are called."""

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from service.stores.protocol import MemoryStore, StoredKey, tenant_of_key
+from service.domain.records import StoredKey, tenant_of_key
+from service.stores.protocol import MemoryStore
 from tests.contract.test_store import create
 
 TENANTS = ("zoo", "a_b", "a", "x.y-z", "")

@@ -7,17 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from service.domain.memory import Stamp, StoredOffsets, TenantRecord, Training, labelling_of
 from service.domain.tenant import TenantConfig, class_id
-from service.stores.protocol import (
-    Conflict,
-    MemoryStore,
-    ReloadNeeded,
-    Stamp,
-    StoredOffsets,
-    TenantRecord,
-    Training,
-    labelling_of,
-)
+from service.stores.protocol import Conflict, MemoryStore, ReloadNeeded
 from tests.contract.test_store import CATS, DOGS, FINGERPRINT, candidate, config, contents, create, push, shot, stamp_of
 
 TRAINING = Training(

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.stores.protocol import Allowance, Lease, MemoryStore, Quota
+from service.domain.quotas import Allowance, Lease, Quota
+from service.stores.protocol import MemoryStore
 from service.stores.token_bucket import NEARLY, OwnLimits
 from tests.contract.conftest import Opened, Row
 

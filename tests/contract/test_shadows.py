@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from service.domain.memory import StoredSlot
 from service.domain.tenant import shadow_of
-from service.stores.protocol import MemoryStore, PushCandidate, StoredSlot
+from service.stores.protocol import MemoryStore, PushCandidate
 from tests.contract.test_store import create
 
 SHADOW = shadow_of("a")

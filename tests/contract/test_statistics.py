@@ -11,18 +11,9 @@ from typing import Any
 
 import pytest
 
+from service.domain.memory import SEED, Count, Stamp, StoredBank, StoredStatistics, TenantRecord, shown_of
 from service.domain.tenant import class_id
-from service.stores.protocol import (
-    SEED,
-    Count,
-    MemoryStore,
-    ReloadNeeded,
-    Stamp,
-    StoredBank,
-    StoredStatistics,
-    TenantRecord,
-    shown_of,
-)
+from service.stores.protocol import MemoryStore, ReloadNeeded
 from service.stores.redis.store import RedisStore
 from tests.contract.conftest import Opened
 from tests.contract.test_store import (

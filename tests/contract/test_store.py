@@ -15,27 +15,11 @@ from hypothesis import strategies as st
 
 from core.memory.codec import decode_features, encode_feature
 from core.memory.dynamic import Candidate, DynamicMemory, Outcome, apply, propose
+from service.domain.memory import Stamp, StoredBank, StoredShot, StoredSlot, digest_of
+from service.domain.records import Job, JobState, Remembered, SnapshotInfo
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.stores.in_process import JOBS
-from service.stores.protocol import (
-    Change,
-    Conflict,
-    Job,
-    JobState,
-    MemoryStore,
-    PushCandidate,
-    Pushed,
-    ReloadNeeded,
-    Remembered,
-    SnapshotInfo,
-    Stamp,
-    StoredBank,
-    StoredShot,
-    StoredSlot,
-    Synced,
-    Verdict,
-    digest_of,
-)
+from service.stores.protocol import Change, Conflict, MemoryStore, PushCandidate, Pushed, ReloadNeeded, Synced, Verdict
 from tests.contract.conftest import Opened, Row
 
 CATS, DOGS = class_id("cats"), class_id("dogs")

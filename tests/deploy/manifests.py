@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from service.access.authentication import Scope
+from service.access.api_keys import Scope
 from service.api.security import NEEDS
 from service.app import create_app
 from service.multiprocess.supervisor import _MARGIN_S

@@ -18,7 +18,8 @@ from cloudcoil.models.keda.v1alpha1 import ScaledObject
 from cloudcoil.models.prometheus_operator.v1 import PrometheusRule, ServiceMonitor
 
 from service.stores.connection import url
-from service.stores.connection.pools import check, connect
+from service.stores.connection.checks import check
+from service.stores.connection.pools import connect
 from tests.deploy.manifests import (
     ADAPTER,
     COMPONENTS,

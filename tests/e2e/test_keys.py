@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.support.fakes import picture
 from tests.support.process import PATIENCE_S, Command
 from tests.support.servers import BINARIES, server

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.support.fakes import picture
 from tests.support.process import PATIENCE_S, Command
 

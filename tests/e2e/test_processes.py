@@ -23,7 +23,7 @@ from fastapi.testclient import TestClient
 from core.encoders import openclip
 from service.app import create_app
 from service.settings import Settings
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.process import PATIENCE_S, Command, servers_of
 

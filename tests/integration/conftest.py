@@ -13,7 +13,7 @@ import torch
 from pytest_asyncio import is_async_test
 
 from core.encoders.protocol import Encoder
-from service.tenants import configuration
+from service.tenants import reindex
 from tests.support.house import PATIENCE_S, Build, GatedEncoder, House, SoftEncoder, opened
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ def _one_thread() -> Iterator[None]:
 def _in_its_own_time() -> Iterator[None]:
     """Let a change wait for the upkeep that it causes: on a machine that stalls, a moment is too short for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configuration, "_SOON_S", PATIENCE_S)
+        patch.setattr(reindex, "_SOON_S", PATIENCE_S)
         yield
 
 

@@ -20,9 +20,10 @@ import pytest
 from redis import Redis as Admin
 from redis.asyncio import Redis
 
+from service.domain.records import Remembered
 from service.errors import StoreDown
-from service.stores.connection.pools import check, connect
-from service.stores.protocol import Remembered
+from service.stores.connection.checks import check
+from service.stores.connection.pools import connect
 from service.stores.redis.store import RedisStore
 from tests.support import servers
 from tests.support.servers import BINARIES, HOST, SERVICE, Cluster, Running, cluster, sentinel, server, until

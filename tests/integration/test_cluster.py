@@ -15,18 +15,10 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from service.domain.memory import Stamp, StoredBank, StoredShot, StoredSlot
+from service.domain.records import Job, JobState, Remembered, SnapshotInfo
 from service.errors import StoreDown
-from service.stores.protocol import (
-    Job,
-    JobState,
-    PushCandidate,
-    Remembered,
-    SnapshotInfo,
-    Stamp,
-    StoredBank,
-    StoredShot,
-    StoredSlot,
-)
+from service.stores.protocol import PushCandidate
 from service.stores.redis.keys import TENANTS, Keys
 from service.stores.redis.store import RedisStore
 from tests.soak.cluster import CONFIG, NODE_TIMEOUT_MS, PATIENCE_S, Witness, create, stamp_of, store_of, tenants_on

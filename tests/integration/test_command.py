@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from core.encoders import lite
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.support.fakes import picture
 from tests.support.process import PATIENCE_S, URL, Command
 

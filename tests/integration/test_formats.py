@@ -10,13 +10,14 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from service.app import open_rooms
+from service.domain.memory import Stamp, StoredOffsets, Training
+from service.domain.records import Job, JobState, SnapshotInfo, StoredKey
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import FingerprintMismatch, StoreDown
 from service.settings import Settings
 from service.stores.connection.pools import connect
-from service.stores.protocol import Job, JobState, SnapshotInfo, Stamp, StoredKey, StoredOffsets, Training
 from service.stores.redis.store import RedisStore
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder
 from tests.support.servers import BINARIES, Running, server
 

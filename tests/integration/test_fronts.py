@@ -18,8 +18,8 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.access.authentication import hash_of, new_key
-from service.app import open_rooms
+from service.access.api_keys import hash_of, new_key
+from service.domain.records import StoredKey
 from service.errors import StoreDown
 from service.images.decode import Developed
 from service.inference import decode_pool
@@ -31,8 +31,8 @@ from service.multiprocess.worker import serving
 from service.services import Rooms
 from service.settings import Settings
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import StoredKey
 from service.telemetry.metrics import Metrics
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.house import PATIENCE_S, UNHURRIED, GatedEncoder, House, RawCall, SoftEncoder, problem, soon, until
 from tests.support.replicas import without_housekeeper

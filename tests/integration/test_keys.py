@@ -15,11 +15,12 @@ import pytest_asyncio
 from fastapi.routing import APIRoute, APIRouter
 
 from service import api
-from service.access.authentication import Scope, hash_of, new_key
+from service.access.api_keys import Scope, hash_of, new_key
 from service.api.security import NEEDS, Guarded
+from service.domain.records import StoredKey
 from service.errors import StoreDown
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import MemoryStore, StoredKey
+from service.stores.protocol import MemoryStore
 from service.telemetry import logs
 from tests.support.fakes import picture
 from tests.support.house import Build, House, RawCall, SoftEncoder, opened, problem

@@ -16,10 +16,11 @@ from torch import Tensor
 from core.encoders.protocol import Encoder
 from core.memory.codec import decode_features
 from service.background.shadow_queue import Shadows
+from service.domain.memory import StoredMemory
 from service.domain.tenant import shadow_of
 from service.errors import FingerprintMismatch
-from service.images.decode import ImageLimits, develop
-from service.stores.protocol import StoredMemory
+from service.images.decode import develop
+from service.images.limits import ImageLimits
 from service.tenants import configuration
 from service.tenants import migration as service_moving
 from tests.support.fakes import picture

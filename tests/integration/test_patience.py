@@ -8,8 +8,9 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from service.app import create_app, open_rooms
+from service.app import create_app
 from service.settings import Settings
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from service.serialization import reader
+from service.serialization import writer
 from tests.support.fakes import picture
 from tests.support.house import PATIENCE_S, Build, GatedEncoder, SoftEncoder, opened, problem, soon, until, zipped
 from tests.support.servers import BINARIES, Running, server
@@ -259,7 +259,7 @@ async def test_an_import_leaves_room_for_the_features_that_its_shots_still_wait_
     stored = await house.rooms.store.load("default", images=True)
     assert stored is not None
     waiting = {own: tuple(replace(shot, feature=b"") for shot in bank) for own, bank in stored.shots.items()}
-    file = b"".join(reader.parts(replace(stored, shots=waiting), created=CREATED))
+    file = b"".join(writer.parts(replace(stored, shots=waiting), created=CREATED))
     kept = sum(map(len, images))
     headers = {"Content-Type": "application/octet-stream"}
     for room, status in ((kept + 3 * EACH - 1, 422), (kept + 3 * EACH, 200)):

@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from service.api.routes.classify_fast_path import Shortcut
-from service.api.schemas.base import ClassifyOut
+from service.api.schemas.classify import ClassifyOut
 from service.services import Rooms
 from tests.support import pictures
 from tests.support.house import Build, House, problem

@@ -13,13 +13,14 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from scripts.freeze_store import TENANTS, SmallEncoder, thaw, told_of
-from service.app import open_rooms
+from service.domain.memory import StoredShot, shown_of
+from service.domain.records import StoredKey
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import FingerprintMismatch
 from service.settings import Settings
 from service.stores.connection.pools import connect
-from service.stores.protocol import StoredKey, StoredShot, shown_of
 from service.stores.redis.store import RedisStore
+from service.wiring import open_rooms
 from tests.support.fakes import picture
 from tests.support.house import House, Json, opened, problem
 from tests.support.servers import BINARIES, server

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-from service.app import open_rooms
+from service.domain.memory import StoredStatistics
 from service.errors import StoreAway
 from service.services import Rooms
 from service.settings import DEFAULT_TENANT, Settings
-from service.stores.embedded.server import find_binary
-from service.stores.protocol import StoredStatistics
+from service.stores.embedded.binary import find_binary
 from service.tenants import configuration
+from service.wiring import open_rooms
 from tests.integration.test_stores import ask, name_classes
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.house import CLASSES, Build, House, problem

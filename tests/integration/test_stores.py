@@ -15,18 +15,20 @@ from typing import Literal
 import pytest
 from redis.asyncio import Redis
 
-from service.app import open_rooms
 from service.classify import ClassifyCall, classify
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import StoreDown
-from service.inference.predictor import Reading
+from service.inference.results import Reading
 from service.services import Rooms
 from service.settings import DEFAULT_TENANT, Settings
 from service.stores.connection.pools import connect
+from service.stores.embedded import files
 from service.stores.embedded import server as server_module
-from service.stores.embedded.server import EmbeddedServer, embedded_server, find_binary
+from service.stores.embedded.binary import find_binary
+from service.stores.embedded.server import EmbeddedServer, embedded_server
 from service.stores.redis.store import RedisStore
 from service.tenants import configuration
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.replicas import without_housekeeper
 
@@ -176,7 +178,7 @@ async def test_a_server_that_outlived_its_users_is_taken_over(tmp_path: Path) ->
     async with server.running():
         assert server.pid == orphan
     async with asyncio.timeout(PATIENCE_S):
-        while server_module._alive(orphan):  # noqa: ASYNC110 - it is no child of this process, which hears nothing of it
+        while files.is_alive(orphan):  # noqa: ASYNC110 - it is no child of this process, which hears nothing of it
             await asyncio.sleep(0.01)
 
 
@@ -243,7 +245,7 @@ async def test_leaving_a_server_that_hangs_takes_a_bounded_time_and_it_ends_when
             assert server.pid is not None
             os.kill(server.pid, signal.SIGSTOP)
         os.kill(server.pid, signal.SIGCONT)
-        while server_module._alive(server.pid):  # noqa: ASYNC110 - a process that ends tells nobody
+        while files.is_alive(server.pid):  # noqa: ASYNC110 - a process that ends tells nobody
             await asyncio.sleep(0.01)
 
 
@@ -294,5 +296,5 @@ async def test_what_the_server_wrote_is_flushed_once_and_again_when_it_has_chang
     for number, count in ((1, 1), (1, 1), (2, 2)):
         file.write_bytes(b"x" * number)
         os.utime(file, (number, number))
-        server_module._flush_changed(tmp_path, seen)
+        files.flush_changed(tmp_path, seen)
         assert len(flushed) == count

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from service.domain.memory import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot, TenantRecord
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import InvalidRequest, LimitExceeded
-from service.serialization import reader
+from service.serialization import reader, writer
 from service.settings import Settings
-from service.stores.protocol import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot, TenantRecord
 from tests.support.laws import examples
 
 CREATED = "2026-01-02T03:04:05Z"
@@ -93,12 +93,12 @@ def test_what_was_written_is_read_back_bit_for_bit(
     stored: StoredMemory, size: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "memory"
-    path.write_bytes(b"".join(reader.parts(stored, created=CREATED, size=size)))
+    path.write_bytes(b"".join(writer.parts(stored, created=CREATED, size=size)))
     again = reader.read(path, settings=LIMITS)
     assert again == stored
     assert bits(again) == bits(stored)
-    assert path.stat().st_size == reader.size_of(stored, created=CREATED)
-    assert reader.dim_of(again) == reader.dim_of(stored)
+    assert path.stat().st_size == writer.size_of(stored, created=CREATED)
+    assert writer.dim_of(again) == writer.dim_of(stored)
     with safe_open(path, "numpy") as file:
         assert len(file.keys()) == 12
 
@@ -112,7 +112,7 @@ def is_memory_or_refused(data: bytes, path: Path) -> bool:
         return False
     with safe_open(path, "numpy") as file:
         file.keys()
-    reader.write(found, path, created=CREATED)
+    writer.write(found, path, created=CREATED)
     assert reader.read(path, settings=LIMITS) == found
     return True
 
@@ -122,7 +122,7 @@ def is_memory_or_refused(data: bytes, path: Path) -> bool:
 def test_a_file_with_some_bytes_changed_is_a_memory_or_refused(
     stored: StoredMemory, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    good = bytearray().join(reader.parts(stored, created=CREATED))
+    good = bytearray().join(writer.parts(stored, created=CREATED))
     for _ in range(data.draw(st.integers(1, 3))):
         good[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
     is_memory_or_refused(bytes(good), tmp_path_factory.getbasetemp() / "memory")
@@ -133,7 +133,7 @@ def test_a_file_with_some_bytes_changed_is_a_memory_or_refused(
 def test_a_file_that_is_cut_or_too_long_is_refused(
     stored: StoredMemory, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    good = b"".join(reader.parts(stored, created=CREATED))
+    good = b"".join(writer.parts(stored, created=CREATED))
     path = tmp_path_factory.getbasetemp() / "memory"
     assert not is_memory_or_refused(good[: data.draw(st.integers(0, len(good) - 1))], path)
     assert not is_memory_or_refused(good + data.draw(st.binary(min_size=1, max_size=9)), path)
@@ -158,7 +158,7 @@ def small() -> StoredMemory:
 
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
 def test_every_byte_of_a_file_may_be_wrong(mask: int, tmp_path: Path) -> None:
-    good = b"".join(reader.parts(small(), created=CREATED))
+    good = b"".join(writer.parts(small(), created=CREATED))
     assert is_memory_or_refused(good, tmp_path / "memory")
     told = [
         is_memory_or_refused(good[:at] + bytes([good[at] ^ mask]) + good[at + 1 :], tmp_path / "memory")
@@ -168,7 +168,7 @@ def test_every_byte_of_a_file_may_be_wrong(mask: int, tmp_path: Path) -> None:
 
 
 def test_a_file_may_end_anywhere(tmp_path: Path) -> None:
-    good = b"".join(reader.parts(small(), created=CREATED))
+    good = b"".join(writer.parts(small(), created=CREATED))
     assert not any(is_memory_or_refused(good[:end], tmp_path / "memory") for end in range(len(good)))
 
 

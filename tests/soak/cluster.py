@@ -16,10 +16,11 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from service.domain.memory import Stamp, StoredSlot
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.errors import StoreDown
 from service.stores.connection.pools import connect
-from service.stores.protocol import Change, PushCandidate, ReloadNeeded, Stamp, StoredSlot
+from service.stores.protocol import Change, PushCandidate, ReloadNeeded
 from service.stores.redis.keys import Keys
 from service.stores.redis.store import RedisStore
 from tests.support.servers import HOST, Cluster, Guarded, Node

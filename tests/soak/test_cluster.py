@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from service.stores.protocol import SnapshotInfo, Stamp
+from service.domain.memory import Stamp
+from service.domain.records import SnapshotInfo
 from tests.soak.cluster import FINGERPRINT, NODE_TIMEOUT_MS, TIMEOUT_S, Load, judge, key_of, load, tenants_on
 from tests.soak.report import tell
 from tests.support.process import PATIENCE_S, until

@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from service.settings import DEFAULT_TENANT
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.soak.report import tell
 from tests.support.fakes import COLOURS, picture
 from tests.support.process import DMN, PATIENCE_S, ROOT, Service

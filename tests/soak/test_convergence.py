@@ -23,7 +23,7 @@ import pytest
 from redis import Redis
 
 from core.memory.codec import encode_feature
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.soak.plan import Image, Options, class_specs, feature, images, steps
 from tests.soak.report import tell
 from tests.support.process import PATIENCE_S, ROOT

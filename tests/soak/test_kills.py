@@ -30,7 +30,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.soak.load import LABELS, Banks, Ledger, Load, missing, send, undelivered
 from tests.soak.report import tell
 from tests.soak.starts import Watch, leave, pair

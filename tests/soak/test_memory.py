@@ -19,14 +19,14 @@ from random import Random
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.app import open_rooms
 from service.bench.images import photo
 from service.bench.load import Client
 from service.classify import ClassifyCall, classify
 from service.domain.tenant import ClassSpec, TenantConfig
 from service.settings import DEFAULT_TENANT, Settings
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from service.tenants.configuration import put_tenant
+from service.wiring import open_rooms
 from tests.bench.null import CLASSES, NullEncoder
 from tests.soak.report import tell
 from tests.support.process import Service, resident_mb, with_encoder

@@ -24,7 +24,7 @@ import httptools
 import httpx
 import pytest
 
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.soak.report import tell
 from tests.support.fakes import picture
 from tests.support.mutants import CLASSES, KINDS, TENANT, Mutant, fault, mutant

@@ -33,7 +33,7 @@ import pytest
 
 from service.bench.images import photo
 from service.bench.load import Answer, Client, Offered, arrivals, offer, saturate
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.bench.null import CLASSES
 from tests.soak.report import tell
 from tests.support.fakes import COLOURS, PacedEncoder, picture

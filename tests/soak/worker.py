@@ -15,11 +15,11 @@ import torch
 from core.memory.codec import encode_feature
 from service.domain.tenant import TenantConfig
 from service.errors import StoreDown
-from service.inference.predictor import Question
-from service.memory.cache import HotMemory
+from service.inference.results import Question
+from service.memory.hot_memory import HotMemory
 from service.services import Rooms
 from service.settings import Settings
-from service.tenants import configuration
+from service.tenants import configuration, reset
 from tests.soak.plan import TENANT, Ask, Image, Options, PlainEncoder, Reset, Step, class_specs, feature, images, steps
 
 CALLERS = 48
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 async def _serve(url: str, options: Options) -> None:
-    from service.app import open_rooms  # noqa: PLC0415 - after what it shall not import was put aside
+    from service.wiring import open_rooms  # noqa: PLC0415 - after what it shall not import was put aside
 
     async with open_rooms(Settings(store=url, store_timeout_ms=60_000), PlainEncoder(options.classes)) as rooms:
         worker = _Worker(rooms, options)
@@ -129,7 +129,7 @@ class _Worker:
     async def _reset(self, step: Reset) -> None:
         specs = class_specs(self._options)
         names = None if step.classes is None else [specs[c].name for c in step.classes]
-        stamp, _ = await configuration.reset(self._rooms, TENANT, dynamic=True, static=False, classes=names)
+        stamp, _ = await reset.reset(self._rooms, TENANT, dynamic=True, static=False, classes=names)
         self._resets.append((stamp.epoch, step.classes))
 
 

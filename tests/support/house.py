@@ -21,9 +21,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from core.encoders.protocol import Encoder
-from service.app import create_app, open_rooms
+from service.app import create_app
 from service.services import Rooms
 from service.settings import Settings
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder
 from tests.support.replicas import without_housekeeper
 

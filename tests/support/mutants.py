@@ -22,7 +22,7 @@ from urllib.parse import quote, urlencode
 
 from PIL import Image
 
-from service.errors import PROBLEMS
+from service.problem_types import PROBLEMS
 from tests.support.fakes import picture
 
 TENANT = "mutants"

@@ -11,13 +11,13 @@ from typing import TypeVar
 import pytest
 
 from core.encoders.protocol import Encoder
-from service import app
+from service import wiring
+from service.domain.memory import StoredMemory, StoredShot, StoredSlot
 from service.services import Rooms
 from service.settings import Settings
 from service.stores import factory
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import StoredMemory, StoredShot, StoredSlot
-from service.tenants import configuration
+from service.tenants import reindex
 from tests.support.clock import Clock
 from tests.support.fakes import FakeEncoder
 
@@ -34,7 +34,7 @@ class Replicas:
     async def open(self, encoder: Encoder | None = None, **settings: object) -> Rooms:
         """Open one more service; it is closed with all others."""
         whole = Settings(**{"store": "memory", "drain_delay_s": 0, **settings})  # type: ignore[arg-type]
-        return await self._stack.enter_async_context(app.open_rooms(whole, encoder or FakeEncoder()))
+        return await self._stack.enter_async_context(wiring.open_rooms(whole, encoder or FakeEncoder()))
 
     async def memory(self, tenant: str = "zoo") -> StoredMemory:
         """Return what the store holds of a tenant."""
@@ -70,9 +70,9 @@ async def replicas(kind: type[R], clock: Clock | None = None, store: InProcessSt
     clock = clock or Clock()
     store = store or in_process_store(clock)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "time", SimpleNamespace(monotonic=clock, time=clock))
+        patch.setattr(wiring, "time", SimpleNamespace(monotonic=clock, time=clock))
         patch.setattr(factory, "InProcessStore", lambda **_: store)
-        patch.setattr(configuration, "_SOON_S", PATIENCE_S)
+        patch.setattr(reindex, "_SOON_S", PATIENCE_S)
         with without_housekeeper():
             async with AsyncExitStack() as stack:
                 yield kind(stack, clock, store)
@@ -86,5 +86,5 @@ def without_housekeeper() -> Iterator[None]:
         await asyncio.Event().wait()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(app, "keep_house", nothing)
+        patch.setattr(wiring, "keep_house", nothing)
         yield

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.retry import Retry
 
-from service.stores.embedded.server import find_binary
+from service.stores.embedded.binary import find_binary
 from tests.support.process import until
 
 BINARIES = {"valkey": find_binary(), "redis": shutil.which("redis-server")}

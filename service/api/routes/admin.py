@@ -11,23 +11,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
 from service.access.idempotency import digest_of
-from service.api.dependencies import (
-    CursorDep,
-    KeyDep,
-    LedgerDep,
-    LimitDep,
-    OwnRoomsDep,
-    RoomsDep,
-    TenantDep,
-    json_answer,
-    page,
-    response_of,
-    stamp_out,
-)
+from service.api.dependencies import KeyDep, LedgerDep, OwnRoomsDep, RoomsDep, TenantDep
+from service.api.pagination import CursorDep, LimitDep, page
 from service.api.problems import may
-from service.api.schemas.base import (
+from service.api.responses import json_answer, response_of, stamp_out
+from service.api.schemas.admin import (
     HoldingOut,
-    JobOut,
     MigrateIn,
     MigrationOut,
     ResetIn,
@@ -35,12 +24,15 @@ from service.api.schemas.base import (
     SnapshotListOut,
     SnapshotOut,
 )
+from service.api.schemas.jobs import JobOut
 from service.api.security import Guarded
+from service.domain.memory import Stamp
+from service.domain.records import Remembered, SnapshotInfo
 from service.errors import UnsupportedBody
 from service.services import Rooms
-from service.stores.protocol import Remembered, SnapshotInfo, Stamp
-from service.tenants import configuration, snapshots
 from service.tenants import migration as encoder_migration
+from service.tenants import reset as tenant_reset
+from service.tenants import shadow_memory, snapshots
 
 router = APIRouter(prefix="/admin/memory", tags=["admin"], route_class=Guarded)
 
@@ -61,7 +53,7 @@ async def reset(
     digest = digest_of(("reset", body.as_bytes()))
 
     async def once() -> Remembered:
-        stamp, saved = await configuration.reset(
+        stamp, saved = await tenant_reset.reset(
             rooms,
             tenant,
             dynamic=body.scope in ("dynamic", "all"),
@@ -165,7 +157,7 @@ async def switch(rooms: RoomsDep, tenant: TenantDep, body: MigrateIn | None = No
 async def abandon(rooms: RoomsDep, tenant: TenantDep) -> None:
     """Remove the memory under the next encoder; while that is loaded, traffic begins another."""
     await rooms.archive.record(tenant)
-    await encoder_migration.abandon(rooms, tenant)
+    await shadow_memory.cancel_migration(rooms, tenant)
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service import health
 from service.api.dependencies import RoomsDep
-from service.api.schemas.base import CheckOut, LiveOut, ReadyOut, VersionOut
+from service.api.schemas.health import CheckOut, LiveOut, ReadyOut, VersionOut
 from service.api.security import Guarded
 from service.services import Rooms
 

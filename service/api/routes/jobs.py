@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service.api.dependencies import CursorDep, LimitDep, RoomsDep, TenantDep, page
+from service.api.dependencies import RoomsDep, TenantDep
+from service.api.pagination import CursorDep, LimitDep, page
 from service.api.problems import may
-from service.api.schemas.base import JobListOut, JobOut
+from service.api.schemas.jobs import JobListOut, JobOut
 from service.api.security import Guarded
 
 router = APIRouter(prefix="/jobs", tags=["jobs"], route_class=Guarded)

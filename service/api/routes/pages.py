@@ -6,14 +6,17 @@ import base64
 import hashlib
 import html
 from collections.abc import Iterator, Mapping
-from typing import Any
+from http import HTTPStatus
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import HTMLResponse
 
 from service.api.security import Guarded
+from service.errors import NotFound
+from service.problem_types import PROBLEMS
 
-router = APIRouter(include_in_schema=False, route_class=Guarded)
+router = APIRouter(route_class=Guarded)
 
 _STYLE = """body{font:1.05rem/1.5 system-ui,sans-serif;max-width:56rem;margin:3rem auto;padding:0 1rem}
 code{background:#8882;padding:.1em .3em}table{border-collapse:collapse;margin:.5rem 0}
@@ -33,7 +36,7 @@ def page(title: str, body: str) -> HTMLResponse:
     return HTMLResponse(whole, headers={"Content-Security-Policy": _POLICY})
 
 
-@router.get("/docs")
+@router.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> HTMLResponse:
     """Return every route with its parameters, as the OpenAPI document has them."""
     told = request.app.openapi()
@@ -77,3 +80,23 @@ def _row(place: str, name: str, kind: str, meaning: str) -> str:
 
 def _text(value: str) -> str:
     return html.escape(value)
+
+
+@router.get(
+    "/problems/{slug}",
+    tags=["problems"],
+    response_class=HTMLResponse,
+    summary="What a problem type means and what to do",
+)
+async def show(slug: Annotated[str, Path(json_schema_extra={"enum": list(PROBLEMS)})]) -> HTMLResponse:
+    """Return the page of a problem type."""
+    kind = PROBLEMS.get(slug)
+    if kind is None:
+        raise NotFound(f"There is no problem type {slug[:100]!r}.")
+    status = f"{kind.status} {HTTPStatus(kind.status).phrase}"
+    parts = (html.escape(part) for part in (kind.title, status, slug, kind.meaning, kind.remedy))
+    return page(kind.title, _PAGE.format(*parts))
+
+
+_PAGE = """<h1>{0}</h1><p><code>{1}</code> <code>{2}</code></p><p>{3}</p>
+<p><strong>What to do:</strong> {4}</p>"""

@@ -8,31 +8,15 @@ from fastapi import APIRouter, Response
 
 from service.access.authentication import named_tenant
 from service.access.idempotency import digest_of
-from service.api.dependencies import (
-    CursorDep,
-    KeyDep,
-    LedgerDep,
-    LimitDep,
-    RoomsDep,
-    cursor_key,
-    cursor_of,
-    json_answer,
-    response_of,
-)
+from service.api.dependencies import KeyDep, LedgerDep, RoomsDep
+from service.api.pagination import CursorDep, LimitDep, cursor_key, cursor_of
 from service.api.problems import may
-from service.api.schemas.base import (
-    AddClassesIn,
-    TenantIn,
-    TenantName,
-    TenantNameOut,
-    TenantOut,
-    TenantsOut,
-    Text,
-    specs,
-)
+from service.api.responses import json_answer, response_of
+from service.api.schemas.base import TenantName, Text
+from service.api.schemas.tenants import AddClassesIn, TenantIn, TenantNameOut, TenantOut, TenantsOut, specs
 from service.api.security import Guarded
-from service.stores.protocol import Remembered
-from service.tenants import configuration, migration
+from service.domain.records import Remembered
+from service.tenants import configuration, encoder_routing
 
 router = APIRouter(prefix="/tenants", tags=["tenants"], route_class=Guarded)
 
@@ -54,7 +38,7 @@ async def list_tenants(rooms: RoomsDep, limit: LimitDep = 100, cursor: CursorDep
 async def put_tenant(rooms: RoomsDep, tenant: TenantName, body: TenantIn, response: Response) -> TenantOut:
     """Create a tenant (201) or replace its configuration (200); classes that stay keep their memories."""
     put = partial(configuration.put_tenant, name=tenant, config=body.config())
-    changed = await migration.in_its_rooms(rooms, named_tenant(tenant, None), put)
+    changed = await encoder_routing.in_its_rooms(rooms, named_tenant(tenant, None), put)
     response.status_code = 201 if changed.created else 200
     return _told(changed)
 
@@ -70,7 +54,7 @@ async def get_tenant(rooms: RoomsDep, tenant: TenantName) -> TenantOut:
 async def delete_tenant(rooms: RoomsDep, tenant: TenantName) -> None:
     """Remove a tenant with all that it has; the default one comes back without classes."""
     name = named_tenant(tenant, None)
-    await configuration.delete_tenant(await migration.rooms_of(rooms, name), name)
+    await configuration.delete_tenant(await encoder_routing.rooms_of(rooms, name), name)
 
 
 @router.post(
@@ -89,7 +73,7 @@ async def add_classes(
 
     async def once() -> Remembered:
         add = partial(configuration.add_classes, tenant=name, added=specs(body.classes))
-        changed = await migration.in_its_rooms(rooms, name, add)
+        changed = await encoder_routing.in_its_rooms(rooms, name, add)
         return json_answer(_told(changed), digest, 201)
 
     return response_of(await ledger.once(name, key, digest, once, wait_s=rooms.settings.deadline_ms / 1000))
@@ -104,7 +88,7 @@ async def add_classes(
 async def remove_class(rooms: RoomsDep, tenant: TenantName, name: Text) -> None:
     """Remove a class while running; the others keep their memories."""
     own = named_tenant(tenant, None)
-    await migration.in_its_rooms(rooms, own, partial(configuration.remove_class, tenant=own, name=name))
+    await encoder_routing.in_its_rooms(rooms, own, partial(configuration.remove_class, tenant=own, name=name))
 
 
 def _told(changed: configuration.Changed) -> TenantOut:

@@ -27,9 +27,9 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from service.domain.memory import Training
 from service.domain.tenant import TenantConfig
 from service.errors import FingerprintMismatch
-from service.stores.protocol import Training
 
 MAJOR = 1
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from service.stores.protocol import Count, ReloadNeeded, StoredStatistics
+from service.domain.memory import Count, StoredStatistics
+from service.stores.protocol import ReloadNeeded
 
 from .keys import Keys
 

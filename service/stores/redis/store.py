@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from hashlib import sha1
 from importlib.resources import files
-from typing import Any, TypeVar
+from typing import Any
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -21,80 +21,59 @@ from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from core.memory.dynamic import Outcome
-from service.domain.tenant import TenantConfig, is_shadow
-from service.errors import Contended, FingerprintMismatch, StoreAway, StoreDown
-from service.stores.connection.errors import FAULTS, down
-from service.stores.connection.pools import check
-from service.stores.protocol import (
+from service.domain.memory import (
     OFFSETS,
     SEED,
-    Allowance,
-    Change,
-    Conflict,
     Count,
-    Job,
-    JobState,
-    Lease,
-    PushCandidate,
-    Pushed,
-    Quota,
-    ReloadNeeded,
-    Remembered,
-    SnapshotInfo,
     Stamp,
     StoredBank,
-    StoredKey,
     StoredMemory,
     StoredOffsets,
     StoredShot,
-    StoredSlot,
     StoredStatistics,
-    Synced,
     TenantRecord,
-    Training,
-    Verdict,
     shown_of,
-    tenant_of_key,
 )
-from service.stores.token_bucket import Limits
+from service.domain.quotas import Allowance, Lease, Quota
+from service.domain.records import Job, Remembered, SnapshotInfo, StoredKey, tenant_of_key
+from service.domain.tenant import TenantConfig, is_shadow
+from service.errors import Contended, StoreAway, StoreDown
+from service.stores.connection.checks import check
+from service.stores.connection.errors import FAULTS, down
+from service.stores.protocol import Conflict, PushCandidate, Pushed, ReloadNeeded, Synced, Verdict
 
-from .formats import FORMAT, FORMATS, check_major, check_minor, fitting, format_of, known, other_format
+from .commands import SLICE_BYTES, SWEEP_KEYS, slices, slices_by_size
+from .documents import JOBS, UNFINISHED_S
+from .formats import FORMAT, FORMATS, check_major, format_of, other_format
 from .keys import KEYED, MAJOR, TENANTS, Keys
+from .quotas import Limits
+from .reader import SLICES_AHEAD
+from .records import (
+    FEATURE_BYTES,
+    Locations,
+    changed_banks,
+    classes_per_slice,
+    owner_of,
+    parse_bank,
+    parse_change,
+    parse_job,
+    parse_key,
+    parse_key_or_fault,
+    parse_owner,
+    parse_record,
+    parse_snapshot_info,
+    parse_stamp,
+    stamp_or_none,
+    text_or_none,
+)
 from .statistics import Counters
 
-T = TypeVar("T")
 Reply = Any
 """What redis-py gives for a script: nested lists of bytes and integers."""
 
 LOG_LENGTH = 2048
 """Slot changes that `lua/push.lua` keeps for workers that are behind."""
-
-SLICE_BYTES = 1 << 20
-"""Read or written in one command, so that the server never stalls."""
-
-JOBS = 50
-"""Jobs of a tenant that are remembered."""
-
-_SWEEP_KEYS = 256
-_AHEAD = 4
-_FEATURE_BYTES = 1280
-_UNFINISHED_S = 3600
 _TRIES = 16
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Places:
-    """Numbers of the bank, the pile, the frame (0: none) and the life that a tenant's memories are read from."""
-
-    bank: int
-    pile: int
-    frame: int = 0
-    life: int = 0
-
-    @staticmethod
-    def of(fields: Mapping[bytes, bytes]) -> _Places:
-        known = {name: int(fields.get(name.encode(), 0)) for name in ("frame", "life")}
-        return _Places(bank=int(fields[b"bank"]), pile=int(fields[b"pile"]), **known)
 
 
 class RedisStore:
@@ -117,13 +96,13 @@ class RedisStore:
         self._spread = spread
         self._clock, self._remember_s, self._remember_bytes = clock, remember_s, remember_bytes
         self._scripts = {file.name: file.read_text() for file in files(__package__).joinpath("lua").iterdir()}
-        self._known: dict[tuple[str, int], _Places] = {}
+        self._known: dict[tuple[str, int], Locations] = {}
         self._counters = Counters(self._client, self._run, self._do, clock)
         self._limits = Limits(self._run)
 
     async def get(self, tenant: str) -> TenantRecord | None:
         fields = await self._do(self._client.hgetall(Keys(tenant).config))
-        return _record(fields) if fields else None
+        return parse_record(fields) if fields else None
 
     async def names(self, *, after: str, limit: int) -> Sequence[str]:
         first = f"({after}" if after else "-"
@@ -136,7 +115,7 @@ class RedisStore:
             if not fields:
                 return None
             try:
-                return await self._load(tenant, _record(fields), _Places.of(fields), images=images)
+                return await self._load(tenant, parse_record(fields), Locations.of(fields), images=images)
             except ReloadNeeded:
                 continue  # the tenant began a new life while its slices were read
         raise Contended
@@ -146,7 +125,7 @@ class RedisStore:
         for tenant in tenants:
             pipeline.hmget(Keys(tenant).config, "epoch", "version", "mark")
         found = await self._do(pipeline.execute(raise_on_error=not self._spread))
-        return [self._fault(one) if isinstance(one, Exception) else _stamp_or_none(*one) for one in found]
+        return [self._fault(one) if isinstance(one, Exception) else stamp_or_none(*one) for one in found]
 
     async def replace(
         self,
@@ -166,13 +145,13 @@ class RedisStore:
     ) -> Stamp:
         keys = Keys(tenant)
         known = await self._do(self._client.hgetall(keys.config))
-        old = _record(known) if known else None
+        old = parse_record(known) if known else None
         if (old.stamp.epoch if old else None) != (expected.epoch if expected else None):
             raise Conflict(tenant)
         # Before the tenant is there: a name without a tenant harms nobody, a tenant without a name would be lost.
         await self._list(tenant)
         epoch = int(await self._do(self._client.incr(keys.epochs)))
-        present = _Places.of(known) if known else _Places(bank=epoch, pile=epoch)
+        present = Locations.of(known) if known else Locations(bank=epoch, pile=epoch)
         stay = {spec.id for spec in config.classes}
         leaves = [spec.id for spec in old.config.classes if spec.id not in stay] if old else []
         if old is None or old.fingerprint != fingerprint:
@@ -190,7 +169,7 @@ class RedisStore:
         if offsets is not None and training is not None:
             await self._write_frame(keys, epoch, {own: row for own, row in offsets.rows.items() if own in stay})
         frame = present.frame if offsets is None else epoch
-        read = _Places(
+        read = Locations(
             bank=present.bank if slots is None else epoch,
             pile=present.pile if kept is None else epoch,
             frame=0 if training is None else frame,
@@ -230,7 +209,7 @@ class RedisStore:
         if leaves and read.life == present.life:
             await self._counters.forget(keys, read.life, leaves)
         await self._sweep(keys, epoch, read)
-        return _stamp(epoch, *told)
+        return parse_stamp(epoch, *told)
 
     async def delete(self, tenant: str) -> bool:
         keys = Keys(tenant)
@@ -280,9 +259,11 @@ class RedisStore:
         reply = await self._run("push.lua", touched, args)
         if not reply[0]:
             raise ReloadNeeded(tenant)
-        verdicts = tuple(Verdict(outcome=Outcome(told.decode()), evicted=_text(evicted)) for told, evicted in reply[2])
-        changes = tuple(_change(*values) for values in reply[3])
-        stamp = _stamp(since.epoch, reply[1], reply[4])
+        verdicts = tuple(
+            Verdict(outcome=Outcome(told.decode()), evicted=text_or_none(evicted)) for told, evicted in reply[2]
+        )
+        changes = tuple(parse_change(*values) for values in reply[3])
+        stamp = parse_stamp(since.epoch, reply[1], reply[4])
         return Pushed(verdicts=verdicts, synced=Synced(stamp=stamp, changes=changes))
 
     async def add_shots(
@@ -291,17 +272,17 @@ class RedisStore:
         keys = Keys(tenant)
         args: list[str | bytes | float] = [since.epoch, "any" if beside is None else beside]
         for shot in shots:
-            args += [shot.id, _owner(shot), shot.feature, shot.image or b""]
+            args += [shot.id, owner_of(shot), shot.feature, shot.image or b""]
         pile = keys.shots((await self._places(tenant, since.epoch)).pile)
         told = await self._run("shots.lua", (keys.config, keys.log, *pile), args)
         if told[0] < 0:
             raise ReloadNeeded(tenant)
-        return _stamp(since.epoch, *told)
+        return parse_stamp(since.epoch, *told)
 
     async def images(self, tenant: str, at: Stamp, shots: Sequence[StoredShot]) -> Sequence[bytes | None]:
         key = Keys(tenant).shots((await self._places(tenant, at.epoch)).pile)[2]
         found: list[bytes | None] = []
-        for part in _weighed(shots, lambda shot: shot.kept):
+        for part in slices_by_size(shots, lambda shot: shot.kept):
             found += await self._do(self._client.hmget(key, [shot.id for shot in part]))
         return found
 
@@ -322,7 +303,7 @@ class RedisStore:
             fields = await self._do(self._client.hgetall(keys.config))
             if not fields:
                 return False
-            epoch, bank = _record(fields).stamp.epoch, _Places.of(fields).bank
+            epoch, bank = parse_record(fields).stamp.epoch, Locations.of(fields).bank
             told = await self._run("purge.lua", (keys.config, keys.log, *keys.slots(bank, class_id)), (epoch, slot))
             if told >= 0:
                 return bool(told)
@@ -342,14 +323,14 @@ class RedisStore:
         for part in parts:
             await self._do(self._client.hset(key, str(written), part))
             # One whose writer dies goes by itself.
-            await self._do(self._client.expire(key, _UNFINISHED_S))
+            await self._do(self._client.expire(key, UNFINISHED_S))
             written += 1
         head = json.dumps({"format": FORMAT, **asdict(info)})
         return bool(await self._run("keep.lua", (keys.config, keys.snapshots, key), (info.id, head, written)))
 
     async def snapshots(self, tenant: str) -> Sequence[SnapshotInfo]:
         heads = await self._do(self._client.hvals(Keys(tenant).snapshots))
-        return sorted((_snapshot_info(head) for head in heads), key=lambda info: (info.created, info.id))
+        return sorted((parse_snapshot_info(head) for head in heads), key=lambda info: (info.created, info.id))
 
     async def read_snapshot(self, tenant: str, id_: str, part: int) -> bytes | None:
         found: bytes | None = await self._do(self._client.hget(Keys(tenant).snapshot(id_), str(part)))
@@ -374,7 +355,7 @@ class RedisStore:
 
     async def jobs(self, tenant: str) -> Sequence[Job]:
         found = await self._do(self._client.hvals(Keys(tenant).jobs))
-        return sorted((_job(text) for text in found), key=lambda job: (job.created, job.id))
+        return sorted((parse_job(text) for text in found), key=lambda job: (job.created, job.id))
 
     async def claim(self, tenant: str, what: str, seconds: float) -> bool:
         lasts = max(1, round(1000 * seconds))
@@ -409,17 +390,17 @@ class RedisStore:
         for id_ in ids:
             pipeline.hget(Keys(tenant_of_key(id_)).api_keys, id_)
         found = await self._do(pipeline.execute(raise_on_error=not self._spread))
-        return [self._fault(one) if isinstance(one, Exception) else _key_or_fault(one) for one in found]
+        return [self._fault(one) if isinstance(one, Exception) else parse_key_or_fault(one) for one in found]
 
     async def keys(self, tenant: str | None = None) -> Sequence[StoredKey]:
         tenants = [tenant] if tenant is not None else await self._keyed()
         found: list[StoredKey] = []
-        for part in _parts(tenants, _SWEEP_KEYS):
+        for part in slices(tenants, SWEEP_KEYS):
             pipeline = self._client.pipeline(transaction=False)
             for own in part:
                 pipeline.hvals(Keys(own).api_keys)
             for texts in await self._do(pipeline.execute()):
-                found += map(_key, texts)
+                found += map(parse_key, texts)
         return sorted(found, key=lambda key: key.id)
 
     async def drop_key(self, id_: str) -> bool:
@@ -455,26 +436,26 @@ class RedisStore:
     async def aclose(self) -> None:
         await self._client.aclose()
 
-    async def _load(self, tenant: str, record: TenantRecord, places: _Places, *, images: bool) -> StoredMemory:
+    async def _load(self, tenant: str, record: TenantRecord, places: Locations, *, images: bool) -> StoredMemory:
         keys, epoch = Keys(tenant), record.stamp.epoch
         # What an epoch's number stood for before a replica took over may not be what it stands for now.
         self._known[(record.name, epoch)] = places
         slots: dict[str, StoredBank] = {}
         barred: set[tuple[str, str]] = set()
-        slices = _parts([spec.id for spec in record.config.classes], _classes_a_slice(record))
+        parts = slices([spec.id for spec in record.config.classes], classes_per_slice(record))
 
         async def read() -> None:
-            for part in slices:
+            for part in parts:
                 touched = (keys.config, *keys.every_slot(places.bank, part))
                 reply = await self._run("banks.lua", touched, (epoch,))
                 if not reply[0]:
                     raise ReloadNeeded(tenant)
                 for class_id, at in zip(part, range(1, len(reply), 3), strict=True):
-                    slots[class_id] = _bank(*reply[at : at + 2])
+                    slots[class_id] = parse_bank(*reply[at : at + 2])
                     barred.update((class_id, id_) for id_ in reply[at + 2].decode().split())
 
         # A few take slices in turn: the server gathers one while another is on its way and a third is taken apart here.
-        await asyncio.gather(*(read() for _ in range(_AHEAD)))
+        await asyncio.gather(*(read() for _ in range(SLICES_AHEAD)))
         shots = await self._shots(keys.shots(places.pile), images=images)
         offsets = await self._offsets(keys.offsets(places.frame), record)
         counts, _ = await self._counters.read(keys, places.life, {})
@@ -482,7 +463,7 @@ class RedisStore:
         synced = await self.sync(tenant, record.stamp)
         return StoredMemory(
             record=replace(record, stamp=synced.stamp),
-            slots=_changed(slots, synced.changes),
+            slots=changed_banks(slots, synced.changes),
             shots=shots,
             barred=frozenset(barred),
             offsets=offsets,
@@ -494,16 +475,16 @@ class RedisStore:
             return StoredOffsets()
         rows: dict[str, bytes] = {}
         ids = [spec.id for spec in record.config.classes]
-        for part in _parts(ids, max(1, SLICE_BYTES // (4 * OFFSETS * record.training.dim))):
+        for part in slices(ids, max(1, SLICE_BYTES // (4 * OFFSETS * record.training.dim))):
             found = await self._do(self._client.hmget(frame, part))
             rows |= {own: row for own, row in zip(part, found, strict=True) if row is not None}
         return StoredOffsets(training=record.training, rows=rows)
 
     async def _shots(self, pile: tuple[str, str, str], *, images: bool) -> dict[str, tuple[StoredShot, ...]]:
         classes, features, pictures = pile
-        owners = {id_: _read_owner(owner) for id_, owner in (await self._do(self._client.hgetall(classes))).items()}
+        owners = {id_: parse_owner(owner) for id_, owner in (await self._do(self._client.hgetall(classes))).items()}
         out: dict[str, list[StoredShot]] = {}
-        for part in _weighed(sorted(owners), lambda id_: _FEATURE_BYTES + images * owners[id_][1]):
+        for part in slices_by_size(sorted(owners), lambda id_: FEATURE_BYTES + images * owners[id_][1]):
             found = await self._do(self._client.hmget(features, part))
             kept = await self._do(self._client.hmget(pictures, part)) if images else [None] * len(part)
             for id_, feature, image in zip(part, found, kept, strict=True):
@@ -529,7 +510,7 @@ class RedisStore:
         waiting = 0
         for class_id in classes:
             z, h = keys.slots(number, class_id)
-            for part in _weighed(list(slots.get(class_id, ())), lambda slot: len(slot.feature)):
+            for part in slices_by_size(list(slots.get(class_id, ())), lambda slot: len(slot.feature)):
                 commands.append(("ZADD", z, *(value for slot in part for value in (repr(slot.entropy), slot.id))))
                 commands.append(("HSET", h, *(value for slot in part for value in (slot.id, slot.feature))))
                 waiting += sum(len(slot.feature) for slot in part)
@@ -544,17 +525,17 @@ class RedisStore:
     async def _write_pile(self, keys: Keys, number: int, shots: Sequence[StoredShot]) -> None:
         await self._do(self._client.hset(keys.written, f"s{number}", ""))
         classes, features, images = keys.shots(number)
-        for part in _weighed(shots, lambda shot: shot.nbytes + _FEATURE_BYTES):
+        for part in slices_by_size(shots, lambda shot: shot.nbytes + FEATURE_BYTES):
             commands: list[tuple[str | bytes | float, ...]] = []
             for shot in part:
-                commands += [("HSET", classes, shot.id, _owner(shot)), ("HSET", features, shot.id, shot.feature)]
+                commands += [("HSET", classes, shot.id, owner_of(shot)), ("HSET", features, shot.id, shot.feature)]
                 if shot.image:
                     commands.append(("HSET", images, shot.id, shot.image))
             await self._together(commands)
 
     async def _write_frame(self, keys: Keys, number: int, rows: Mapping[str, bytes]) -> None:
         await self._do(self._client.sadd(keys.frames, number))
-        for part in _weighed(list(rows.items()), lambda row: len(row[1])):
+        for part in slices_by_size(list(rows.items()), lambda row: len(row[1])):
             await self._do(self._client.hset(keys.offsets(number), mapping=dict(part)))
 
     async def _note_bank(self, keys: Keys, number: int, classes: Collection[str]) -> None:
@@ -569,7 +550,7 @@ class RedisStore:
             pipeline.execute_command(*command)
         await self._do(pipeline.execute())
 
-    async def _sweep(self, keys: Keys, before: int, read: _Places | None = None) -> None:
+    async def _sweep(self, keys: Keys, before: int, read: Locations | None = None) -> None:
         """Remove banks, piles and frames that were written before an epoch, but for those that are read."""
         kept = () if read is None else (f"b{read.bank}", f"s{read.pile}")
         for name in [name.decode() for name in await self._do(self._client.hkeys(keys.written))]:
@@ -589,7 +570,7 @@ class RedisStore:
         noted = (await self._do(self._client.hget(keys.written, name)) or b"").decode().split()
         number = int(name[1:])
         gone = keys.every_slot(number, {*noted, *classes}) if name.startswith("b") else keys.shots(number)
-        for part in _parts(gone, _SWEEP_KEYS):
+        for part in slices(gone, SWEEP_KEYS):
             await self._do(self._client.unlink(*part))
         await self._do(self._client.hdel(keys.written, name))
 
@@ -601,7 +582,7 @@ class RedisStore:
             fields = await self._do(self._client.hgetall(keys.config))
             if not fields:
                 return None
-            record, places = _record(fields), _Places.of(fields)
+            record, places = parse_record(fields), Locations.of(fields)
             named = [spec.id for spec in record.config.classes] if slots_of is None else slots_of
             gone = keys.every_slot(places.bank, named) if slots else []
             static = (*keys.shots(places.pile), keys.offsets(places.frame))
@@ -613,7 +594,7 @@ class RedisStore:
             if told[0] >= 0:
                 if forget == "all":
                     await self._counters.sweep(keys, told[0], told[0])
-                return _stamp(told[0], told[1], told[3]), told[2]
+                return parse_stamp(told[0], told[1], told[3]), told[2]
         raise Contended
 
     async def _list(self, tenant: str) -> None:
@@ -631,7 +612,7 @@ class RedisStore:
             if await self._do(self._client.exists(own)):  # one was made in between
                 await self._do(self._client.zadd(KEYED, {tenant: 0}))
 
-    async def _places(self, tenant: str, epoch: int) -> _Places:
+    async def _places(self, tenant: str, epoch: int) -> Locations:
         """Return where an epoch's memory is read: it stays there, so it may be kept; scripts check the epoch."""
         known = self._known.get((tenant, epoch))
         if known is not None:
@@ -641,7 +622,7 @@ class RedisStore:
             raise ReloadNeeded(tenant)
         if len(self._known) > LOG_LENGTH:
             self._known.clear()
-        self._known[(tenant, epoch)] = places = _Places.of(fields)
+        self._known[(tenant, epoch)] = places = Locations.of(fields)
         return places
 
     async def _run(self, name: str, keys: Sequence[str], args: Sequence[str | bytes | float]) -> Reply:
@@ -667,112 +648,3 @@ class RedisStore:
         if self._spread or not isinstance(error, RedisConnectionError | RedisTimeoutError | OSError):
             return said
         return StoreAway(said.detail, retry_after_s=said.retry_after_s)
-
-
-def _record(fields: Mapping[bytes, bytes]) -> TenantRecord:
-    name = fields.get(b"name", b"").decode(errors="replace")
-    check_minor(fields.get(b"format", b"(none)").decode(errors="replace"), name)
-    return TenantRecord(
-        name=name,
-        config=TenantConfig.from_json(fields[b"config"]),
-        fingerprint=fields[b"fingerprint"].decode(),
-        origin=json.loads(fields[b"origin"]),
-        labelling=fields[b"labelling"].decode(),
-        created=float(fields[b"created"]),
-        training=_training(fields),
-        shown=fields.get(b"shown", b"").decode(),
-        life=int(fields.get(b"life", 0)),
-        stamp=_stamp(fields[b"epoch"], fields[b"version"], fields.get(b"mark")),
-    )
-
-
-def _training(fields: Mapping[bytes, bytes]) -> Training | None:
-    text = fields.get(b"training")
-    return None if text is None else Training(**fitting(json.loads(text), Training))
-
-
-def _stamp_or_none(epoch: bytes | None, version: bytes | None, mark: bytes | None) -> Stamp | None:
-    return None if epoch is None or version is None else _stamp(epoch, version, mark)
-
-
-def _stamp(epoch: bytes | int, version: bytes | int, mark: bytes | None) -> Stamp:
-    return Stamp(epoch=int(epoch), version=int(version), mark=(mark or b"").decode())
-
-
-def _bank(held: bytes, features: Sequence[bytes]) -> StoredBank:
-    words = held.decode().split()
-    return StoredBank(ids=tuple(words[::2]), entropies=tuple(map(float, words[1::2])), features=b"".join(features))
-
-
-def _changed(slots: Mapping[str, StoredBank], changes: Sequence[Change]) -> dict[str, StoredBank]:
-    """Return banks after slot changes; those that nothing touched are the same objects."""
-    touched: dict[str, dict[str, StoredSlot]] = {}
-    for change in changes:
-        held = slots.get(change.class_id, StoredBank())
-        own = touched.setdefault(change.class_id, {slot.id: slot for slot in held})
-        own.pop(change.evicted or "", None)
-        own[change.slot.id] = change.slot
-    return {**slots, **{class_id: StoredBank.of(own.values()) for class_id, own in touched.items()}}
-
-
-def _owner(shot: StoredShot) -> str:
-    return f"{shot.class_id} {len(shot.image or b'')}"
-
-
-def _read_owner(text: bytes) -> tuple[str, int]:
-    class_id, size = text.decode().split(" ")
-    return class_id, int(size)
-
-
-def _snapshot_info(text: bytes) -> SnapshotInfo:
-    values = known(text, SnapshotInfo, "A snapshot")
-    return SnapshotInfo(**{**values, "stamp": Stamp(**values["stamp"])})
-
-
-def _job(text: bytes) -> Job:
-    values = known(text, Job, "A job")
-    return Job(**{**values, "state": JobState(values["state"])})
-
-
-def _key(text: bytes) -> StoredKey:
-    values = known(text, StoredKey, "An API key", strict=True)
-    return StoredKey(**{**values, "scopes": tuple(values["scopes"])})
-
-
-def _key_or_fault(text: bytes | None) -> StoredKey | StoreDown | None:
-    """Return a key, or why it cannot be read: those that are looked for with it can."""
-    try:
-        return None if text is None else _key(text)
-    except FingerprintMismatch as error:
-        return StoreDown(error.detail)
-
-
-def _classes_a_slice(record: TenantRecord) -> int:
-    # How large features are is not known before the first is read.
-    return max(1, SLICE_BYTES // (max(1, record.config.slots) * _FEATURE_BYTES))
-
-
-def _change(class_id: bytes, id_: bytes, entropy: bytes, feature: bytes, evicted: bytes) -> Change:
-    slot = StoredSlot(id=id_.decode(), entropy=float(entropy), feature=feature)
-    return Change(class_id=class_id.decode(), slot=slot, evicted=_text(evicted))
-
-
-def _text(value: bytes) -> str | None:
-    return value.decode() or None
-
-
-def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _weighed(items: Sequence[T], weight: Callable[[T], int]) -> Iterator[Sequence[T]]:
-    """Return the items in parts of at most `SLICE_BYTES`; an item that is larger makes a part of its own."""
-    start, held = 0, 0
-    for at, item in enumerate(items):
-        own = weight(item)
-        if at > start and held + own > SLICE_BYTES:
-            yield items[start:at]
-            start, held = at, 0
-        held += own
-    if start < len(items):
-        yield items[start:]

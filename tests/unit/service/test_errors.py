@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from service import errors
-from service.errors import PROBLEMS, Contended, ServiceError, StoreAway, StoreDown
+from service.errors import Contended, ServiceError, StoreAway, StoreDown
 from service.images import decode
-from service.images.decode import ImageFault
+from service.images.errors import ImageFault
+from service.problem_types import PROBLEMS
 
 FIXED = {
     "invalid-request": 422,

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from service.cli.main import app
-from service.errors import PROBLEMS
+from service.problem_types import PROBLEMS
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
 

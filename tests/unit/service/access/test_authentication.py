@@ -7,20 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
-from service.access.authentication import (
-    FRESH_S,
-    Caller,
-    Gate,
-    Scope,
-    claimed_tenant,
-    hash_of,
-    id_of,
-    named_tenant,
-    new_key,
-)
+from service.access.api_keys import Scope, claimed_tenant, hash_of, id_of, new_key
+from service.access.authentication import Caller, Gate, named_tenant
+from service.access.key_cache import FRESH_S
+from service.domain.records import StoredKey, tenant_of_key
 from service.errors import Forbidden, InvalidRequest, StoreDown, Unauthenticated
 from service.settings import DEFAULT_TENANT
-from service.stores.protocol import StoredKey, tenant_of_key
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.access.idempotency import Ledger, digest_of
+from service.domain.records import Remembered
 from service.errors import DeadlineExceeded, IdempotencyConflict, InvalidRequest, StoreAway, StoreDown
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import Remembered
 
 PATIENCE_S = 60.0
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from service.api.schemas.base import JobOut, TenantOut, TrainIn
+from service.api.schemas.jobs import JobOut
+from service.api.schemas.memory import TrainIn
+from service.api.schemas.tenants import TenantOut
 from service.app import create_app
+from service.domain.records import Job, JobState
 from service.domain.tenant import TenantConfig
-from service.errors import PROBLEMS
+from service.problem_types import PROBLEMS
 from service.settings import Settings
-from service.stores.protocol import Job, JobState
 
 
 def document(**settings: Any) -> dict[str, Any]:

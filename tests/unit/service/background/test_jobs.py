@@ -13,10 +13,10 @@ from prometheus_client import CollectorRegistry
 
 from service.background import jobs as jobs_module
 from service.background.jobs import LOST_S, Jobs, Report
+from service.domain.records import Job, JobState
 from service.domain.tenant import TenantConfig
 from service.errors import LimitExceeded, StoreAway, UnknownJob, UnknownTenant
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import Job, JobState
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
 

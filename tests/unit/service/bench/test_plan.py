@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from service.bench.plan import Costs, Fleet, needs
 from service.cli.main import app
-from service.memory.statistics import EXCHANGE_S
+from service.memory.statistics_sync import EXCHANGE_S
 
 FLEET = Fleet(
     devices=10,

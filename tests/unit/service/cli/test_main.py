@@ -22,7 +22,7 @@ from rich.console import Console
 from core.encoders import openclip
 from core.errors import EncoderUnavailable
 from core.evaluation.stream_orders import KINDS
-from service.cli import key_admin, main
+from service.cli import key_admin, main, options, output, serve
 from service.server import single_process
 from service.settings import Settings
 from service.telemetry import logs
@@ -64,7 +64,7 @@ def run(made_command: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     root, levels = logging.getLogger(), (logging.getLogger().level, logs.logger.level)
     monkeypatch.setattr(root, "handlers", root.handlers[:])
     monkeypatch.setattr(openclip, "load", lambda *_, **__: FakeEncoder())
-    monkeypatch.setattr(main, "out", Console(width=300))
+    monkeypatch.setattr(output.out, "_width", 300)
     monkeypatch.setattr(main, "app", made_command)
 
     def dmn(*arguments: object) -> Ran:
@@ -150,7 +150,7 @@ def test_config_prints_json_for_machines(run: Run, monkeypatch: pytest.MonkeyPat
     ],
 )
 def test_a_password_is_never_shown(url: str, shown: str) -> None:
-    assert main._shown("store", url) == shown
+    assert serve._shown("store", url) == shown
 
 
 def test_config_shows_that_there_is_an_operators_key_and_not_which(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,7 +427,7 @@ MEASURES = ("accuracy", "macro_accuracy", "ece")
 
 
 def test_the_kinds_of_streams_are_those_of_core() -> None:
-    assert tuple(main.StreamKind) == KINDS
+    assert tuple(options.StreamKind) == KINDS
 
 
 def test_several_orders_are_the_mean_of_what_each_says_alone(run: Run, stream: Path) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from service.concurrency.worker_thread import Worker, batch_on, choose_device
+from service.concurrency.worker_thread import Worker, choose_device
+from service.inference.batching import batch_on
 from service.settings import Settings
 
 PATIENCE_S = 60.0

@@ -18,14 +18,14 @@ from rich.console import Console
 
 from core.encoders import openclip
 from core.evaluation.stream_orders import Kind
+from service.domain.memory import Stamp
 from service.errors import InvalidRequest
 from service.evaluation import commands, run
 from service.evaluation.commands import Answer
 from service.evaluation.report import report_sheet
 from service.evaluation.run import Plan, Recalling
-from service.inference.predictor import Choice, Learned, Reading
+from service.inference.results import Choice, Learned, Reading
 from service.settings import Settings
-from service.stores.protocol import Stamp
 from service.telemetry import logs
 from tests.support.fakes import FakeEncoder, picture
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from core.training.recipe import DEFAULT_EPOCHS
-from service.app import open_rooms
-from service.cli import main
+from service.cli import output
+from service.domain.memory import TenantRecord
 from service.serialization import reader
 from service.settings import DEFAULT_TENANT, Settings
-from service.stores.protocol import TenantRecord
 from service.tenants.snapshots import bring_in
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder, picture
 from tests.unit.service.cli.test_main import Run, refused
 from tests.unit.service.cli.test_main import made_command as made_command  # noqa: PLC0414 - a fixture
@@ -113,5 +113,5 @@ def test_a_folder_that_cannot_be_trained_on_is_refused_in_one_line(run: Run, fol
 )
 def test_options_out_of_range_end_with_status_2(run: Run, folder: Path, option: tuple[str, str]) -> None:
     ran = run("train", folder, *option)
-    assert ran.status == main.WRONG_INPUT
+    assert ran.status == output.WRONG_INPUT
     assert not ran.out

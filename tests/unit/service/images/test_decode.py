@@ -17,16 +17,11 @@ from PIL import Image
 from core.encoders.protocol import Preprocess
 from core.encoders.views import augmented, digest, joined, plain, seed_of
 from service.images import decode as decode_module
-from service.images.decode import (
-    Developed,
-    ImageFault,
-    ImageLimits,
-    ImageTooLarge,
-    ImageUnreadable,
-    UnsupportedMediaType,
-    decode,
-    develop,
-)
+from service.images import errors, formats, small_jpeg
+from service.images import limits as limits_module
+from service.images.decode import Developed, decode, develop
+from service.images.errors import ImageFault, ImageTooLarge, ImageUnreadable, UnsupportedMediaType
+from service.images.limits import ImageLimits
 from tests.support import pictures
 
 LIMITS = ImageLimits()
@@ -66,9 +61,9 @@ def test_a_small_jpeg_has_the_pixels_that_its_parser_would_give_it(
 ) -> None:
     data = pictures.encoded(pictures.noise(93, 61), "JPEG", **options)
     with monkeypatch.context() as patch:
-        patch.setattr(decode_module, "_ordinary_size", lambda _: None)
+        patch.setattr(decode_module, "small_jpeg_size", lambda _: None)
         by_parser = decode(data, LIMITS).tobytes()
-    monkeypatch.setattr(decode_module, "_PARSERS", {})
+    monkeypatch.setattr(decode_module, "PARSERS", {})
     assert decode(data, LIMITS).tobytes() == by_parser
 
 
@@ -248,8 +243,8 @@ def test_a_known_format_that_is_not_accepted_is_named(kind: str, data: bytes) ->
 
 def test_a_refused_format_reaches_no_parser(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
-    parsers = {kind: lambda _, kind=kind: shown.append(kind) for kind in decode_module._PARSERS}
-    monkeypatch.setattr(decode_module, "_PARSERS", parsers)
+    parsers = {kind: lambda _, kind=kind: shown.append(kind) for kind in formats.PARSERS}
+    monkeypatch.setattr(decode_module, "PARSERS", parsers)
     with pytest.raises(UnsupportedMediaType):
         decode(pictures.gif(), LIMITS)
     assert shown == []
@@ -277,7 +272,7 @@ def test_the_pixel_limit_itself_is_allowed() -> None:
 def test_a_tiny_file_of_enormous_size_is_refused_before_it_is_decoded(
     side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_module.PngImageFile, "load", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr(formats.PngImageFile, "load", lambda _: pytest.fail("decoded"))
     data = pictures.huge_png(side)
     assert len(data) < 50_000
     with pytest.raises(ImageTooLarge, match=f"{side} x {side}"):
@@ -309,7 +304,7 @@ def test_large_pictures_within_a_raised_limit_neither_warn_nor_fail(monkeypatch:
 
 def test_nothing_global_of_pillow_is_set() -> None:
     assert Image.MAX_IMAGE_PIXELS == 2**30 // 12
-    assert decode_module.PngImageFile.__module__ == "PIL.PngImagePlugin"
+    assert formats.PngImageFile.__module__ == "PIL.PngImagePlugin"
     assert sys.modules["PIL.ImageFile"].LOAD_TRUNCATED_IMAGES is False
 
 
@@ -329,7 +324,7 @@ def test_metadata_that_unpacks_to_a_bomb_is_unreadable(make: Callable[[], bytes]
 
 
 def test_a_jpeg_of_countless_scans_is_unreadable() -> None:
-    decode(pictures.scanned_jpeg(decode_module.MAX_JPEG_SCANS - 9), LIMITS)
+    decode(pictures.scanned_jpeg(limits_module.MAX_JPEG_SCANS - 9), LIMITS)
     with pytest.raises(ImageUnreadable, match="64 scans"):
         decode(pictures.scanned_jpeg(5000), LIMITS)
 
@@ -351,7 +346,7 @@ def test_a_jpeg_of_countless_segments_is_unreadable() -> None:
 def test_a_png_of_countless_chunks_is_unreadable() -> None:
     decode(pictures.chunked_png(2000), LIMITS)
     with pytest.raises(ImageUnreadable, match="65,536 chunks"):
-        decode(pictures.chunked_png(decode_module.MAX_PNG_CHUNKS), LIMITS)
+        decode(pictures.chunked_png(limits_module.MAX_PNG_CHUNKS), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +376,7 @@ def test_whatever_a_parser_raises_makes_the_image_unreadable(
     def parser(_: object) -> None:
         raise error
 
-    monkeypatch.setitem(decode_module._PARSERS, "PNG", parser)
+    monkeypatch.setitem(formats.PARSERS, "PNG", parser)
     with pytest.raises(ImageUnreadable, match=error.__name__) as caught:
         decode(pictures.png(), LIMITS)
     assert isinstance(caught.value.__cause__, error)
@@ -391,7 +386,7 @@ def test_a_parser_that_is_interrupted_says_so(monkeypatch: pytest.MonkeyPatch) -
     def parser(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(decode_module._PARSERS, "PNG", parser)
+    monkeypatch.setitem(formats.PARSERS, "PNG", parser)
     with pytest.raises(KeyboardInterrupt):
         decode(pictures.png(), LIMITS)
 
@@ -400,7 +395,7 @@ def test_messages_are_whole_sentences_of_bounded_length(monkeypatch: pytest.Monk
     def parser(_: object) -> None:
         raise ValueError("a\nb" * 1000)
 
-    monkeypatch.setitem(decode_module._PARSERS, "PNG", parser)
+    monkeypatch.setitem(formats.PARSERS, "PNG", parser)
     with pytest.raises(ImageUnreadable) as caught:
         decode(pictures.png(), LIMITS)
     message = str(caught.value)
@@ -449,15 +444,15 @@ def test_a_small_jpeg_with_a_damaged_head_has_the_verdict_that_its_parser_would_
     def verdict(data: bytes) -> object:
         try:
             return decode(data, ImageLimits(max_pixels=10**6), room).tobytes()
-        except (ImageFault, decode_module.Heavy) as refusal:
+        except (ImageFault, errors.Heavy) as refusal:
             return type(refusal), str(refusal)
 
     data = pictures.encoded(pictures.noise(40, 17), "JPEG")
-    assert decode_module._ordinary_size(data) == (40, 17)
+    assert small_jpeg.small_jpeg_size(data) == (40, 17)
     sent = [data, *head_damaged(data)]
     verdicts = [verdict(each) for each in sent]
-    monkeypatch.setattr(decode_module, "_ordinary_size", lambda _: None)
-    monkeypatch.setattr(decode_module, "_has_few_markers", lambda _: False)
+    monkeypatch.setattr(decode_module, "small_jpeg_size", lambda _: None)
+    monkeypatch.setattr(limits_module, "_has_few_markers", lambda _: False)
     assert verdicts == [verdict(each) for each in sent]
 
 

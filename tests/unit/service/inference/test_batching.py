@@ -15,7 +15,8 @@ from torch import Tensor
 
 from service.concurrency.worker_thread import Worker
 from service.errors import DeadlineExceeded, Draining, Internal, InvalidRequest, QueueFull, ServiceError
-from service.inference.batching import Batcher, encode_each
+from service.inference.batching import Batcher
+from service.inference.encoding import encode_each
 from service.telemetry.metrics import Lap, Metrics
 
 PATIENCE_S = 60.0

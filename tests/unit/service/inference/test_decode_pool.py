@@ -14,7 +14,9 @@ import pytest
 from PIL import Image
 
 from core.encoders.protocol import Preprocess
-from service.images.decode import Heavy, ImageLimits, ImageUnreadable, decode, develop
+from service.images.decode import decode, develop
+from service.images.errors import Heavy, ImageUnreadable
+from service.images.limits import ImageLimits
 from service.inference import decode_pool
 from service.inference.decode_pool import Darkroom
 from tests.support.fakes import picture
@@ -123,7 +125,7 @@ async def test_heavy_images_that_nobody_waits_for_any_more_and_such_that_fail_le
 )
 def test_a_webp_says_what_it_takes_before_a_parser_sees_it(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     limits = ImageLimits()
-    monkeypatch.setattr("service.images.decode._PARSERS", {})
+    monkeypatch.setattr("service.images.decode.PARSERS", {})
     with pytest.raises(Heavy) as heavy:
         decode(data, limits, COST - 1)
     assert heavy.value.cost == COST

@@ -20,23 +20,16 @@ from core.numerics import affinity, unit
 from core.prepared_banks import Shelves
 from core.snapshot import Method
 from service.concurrency.worker_thread import Worker
+from service.domain.memory import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import Contended, NoClasses, StoreAway, StoreDown, UnknownTenant
-from service.inference import predictor as desk_module
-from service.inference.predictor import Desk, Question, Reading
+from service.inference import scoring
+from service.inference.predictor import Desk
+from service.inference.results import Question, Reading
 from service.memory.cache import Archive
 from service.memory.text_features import TextFeatures
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import (
-    PushCandidate,
-    Pushed,
-    ReloadNeeded,
-    Stamp,
-    StoredBank,
-    StoredMemory,
-    StoredShot,
-    StoredSlot,
-)
+from service.stores.protocol import PushCandidate, Pushed, ReloadNeeded
 from service.telemetry.metrics import OUTCOMES, Metrics
 from tests.support.fakes import FakeEncoder
 
@@ -334,7 +327,7 @@ async def test_images_that_gather_are_read_together_and_pushed_together(
         sizes.append(len(samples))
         return classify_in_core(shelves, samples, *others)
 
-    monkeypatch.setattr(desk_module, "classify", counting)
+    monkeypatch.setattr(scoring, "classify", counting)
     readings = await study.ask_together(*(question("red", f"{n}") for n in range(5)))
     assert outcomes(readings) == ["filled"] * 5
     assert sizes == [5]
@@ -514,7 +507,7 @@ async def test_a_fault_of_the_reading_reaches_its_callers_and_no_other_tenant(
     for tenant in ("zoo", "farm"):
         await study.create(tenant)
     with monkeypatch.context() as patched:
-        patched.setattr(desk_module, "classify", _broken)
+        patched.setattr(scoring, "classify", _broken)
         assert outcomes(await study.ask_together(question("red", "1"), question("red", "2"))) == ["KeyError"] * 2
     assert outcomes(await study.ask(question("red", "1"))) == ["filled"]
     assert outcomes(await study.ask(question("red", "1"), tenant="farm")) == ["filled"]

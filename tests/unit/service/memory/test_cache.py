@@ -18,13 +18,15 @@ from core.memory.codec import decode_features, encode_feature
 from core.memory.dynamic import DynamicMemory
 from core.numerics import unit
 from service.concurrency.worker_thread import Worker
+from service.domain.memory import Stamp, StoredMemory, StoredShot, StoredSlot
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import FingerprintMismatch, NoClasses, StoreAway, StoreDown, UnknownTenant
-from service.memory.cache import Archive, HotMemory
-from service.memory.statistics import decode
+from service.memory.cache import Archive
+from service.memory.convert import decode
+from service.memory.hot_memory import HotMemory
 from service.memory.text_features import TextFeatures
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import Change, PushCandidate, Stamp, StoredMemory, StoredShot, StoredSlot, Synced
+from service.stores.protocol import Change, PushCandidate, Synced
 from service.telemetry.metrics import Metrics
 from tests.support.fakes import FakeEncoder
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.domain.memory import StoredSlot
 from service.memory.outbox import Outbox
-from service.stores.protocol import PushCandidate, StoredSlot
+from service.stores.protocol import PushCandidate
 
 
 def write(id_: str, entropy: float = 0.5, feature: bytes = b"a", class_: str = "cats") -> PushCandidate:

@@ -12,11 +12,14 @@ import torch
 from core.adaptive.statistics import LOOSE, TEMPERATURES, Counted, Statistics
 from core.errors import IncompatibleMemory
 from service.concurrency.worker_thread import Worker
+from service.domain.memory import Count, Stamp, StoredStatistics
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import StoreAway
-from service.memory.statistics import RECENT, Ledger, Tally, begin, decode, dim_of_shared, encode, shared_entries
+from service.memory.convert import decode, dim_of_shared, encode, shared_entries
+from service.memory.statistics import RECENT, Tally, begin
+from service.memory.statistics_sync import Ledger
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import Count, ReloadNeeded, Stamp, StoredStatistics
+from service.stores.protocol import ReloadNeeded
 
 NAMES = ("cats", "dogs", "birds")
 IDS = tuple(map(class_id, NAMES))

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
-from service.api.dependencies import GONE, unless_gone
+from service.api.responses import GONE, unless_gone
 
 
 class Client:

@@ -20,11 +20,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.app import open_rooms
 from service.server import single_process
 from service.server.http_server import Address, Door, announce, kept
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
+from service.wiring import open_rooms
 from tests.support.fakes import FakeEncoder
 
 PATIENCE_S = 60.0

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from service.domain.memory import Stamp
 from service.errors import Contended, StoreAway, StoreDown
 from service.stores.instrumented import PAUSE_S, watched
-from service.stores.protocol import Conflict, MemoryStore, ReloadNeeded, Stamp
+from service.stores.protocol import Conflict, MemoryStore, ReloadNeeded
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
 

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
-from service.errors import PROBLEMS
+from service.problem_types import PROBLEMS
 from service.telemetry.metrics import AGREEMENTS, FAULTS, OUTCOMES, REFUSALS, STAGES, Lap, Metrics, divided
 
 FIXED: dict[str, tuple[type[MetricWrapperBase], tuple[str, ...]]] = {

@@ -16,23 +16,14 @@ from torch import Tensor
 
 from core.classify import Sample, classify
 from core.memory.codec import encode_feature
-from service.background import reindex
+from service.domain.memory import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot
+from service.domain.records import JobState
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import FingerprintMismatch, InvalidRequest, StoreDown, TooManyImages, UnknownClass
 from service.services import Rooms
-from service.stores.protocol import (
-    Conflict,
-    JobState,
-    PushCandidate,
-    ReloadNeeded,
-    Stamp,
-    StoredBank,
-    StoredMemory,
-    StoredShot,
-    StoredSlot,
-)
-from service.tenants import configuration
-from service.tenants.configuration import LabelledImage
+from service.stores.protocol import Conflict, PushCandidate, ReloadNeeded
+from service.tenants import configuration, reindex, reset
+from service.tenants.shots import LabelledImage, add_shots
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.replicas import PATIENCE_S, Replicas, replicas
 
@@ -243,7 +234,7 @@ async def test_a_change_waits_a_moment_for_the_rescoring_and_then_tells_of_its_j
 ) -> None:
     await configuration.put_tenant(compass, "zoo", angles("0", "90"))
     await fill(compass, {"0": [("a", 5), ("b", 40)]})
-    monkeypatch.setattr(configuration, "_SOON_S", 0.0)
+    monkeypatch.setattr(reindex, "_SOON_S", 0.0)
     gate = threading.Event()
     real = reindex._scored
 
@@ -275,7 +266,7 @@ async def test_a_change_whose_memory_another_replica_rescores_tells_of_no_job(co
 async def test_a_change_that_labels_alike_needs_no_job_and_keeps_purged_slots_barred(compass: Rooms) -> None:
     await configuration.put_tenant(compass, "zoo", angles("0", "90"))
     await fill(compass, {"0": [("a", 5), ("purged", 10)]})
-    await configuration.purge(compass, "zoo", "0", "purged")
+    await reset.purge(compass, "zoo", "0", "purged")
     assert (await configuration.put_tenant(compass, "zoo", replace(angles("90", "0"), beta=1.0, slots=3))).job is None
     assert await compass.jobs.every("zoo") == []
     assert (await stored(compass)).barred == {(class_id("0"), "purged")}
@@ -357,7 +348,7 @@ def labelled(*shots: tuple[str, int]) -> list[LabelledImage]:
 
 async def add(rooms: Rooms, *shots: tuple[str, int]) -> object:
     """Add shots of the colour of their label to the tenant `zoo`."""
-    return await configuration.add_shots(rooms, "zoo", labelled(*shots), deadline=FOREVER)
+    return await add_shots(rooms, "zoo", labelled(*shots), deadline=FOREVER)
 
 
 async def test_a_call_of_more_images_than_allowed_stores_nothing(house: Replicas) -> None:

@@ -15,15 +15,16 @@ import torch
 from core.encoders.protocol import Encoder
 from core.memory.codec import encode_feature
 from core.numerics import unit
-from service import app
+from service import wiring
+from service.domain.memory import StoredSlot
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import StoreAway
-from service.inference.predictor import Question
-from service.memory.cache import HotMemory
+from service.inference.results import Question
+from service.memory.hot_memory import HotMemory
 from service.services import Rooms
 from service.settings import Settings
 from service.stores.in_process import InProcessStore
-from service.stores.protocol import PushCandidate, StoredSlot
+from service.stores.protocol import PushCandidate
 from service.telemetry import logs
 from service.tenants import configuration, maintenance
 from service.tenants.maintenance import Housekeeper, keep_house
@@ -308,8 +309,8 @@ async def test_a_service_has_a_housekeeper_as_long_as_it_is_open(monkeypatch: py
         finally:
             left.set()
 
-    monkeypatch.setattr(app, "keep_house", keeper)
-    async with app.open_rooms(Settings(store="memory"), FakeEncoder()):
+    monkeypatch.setattr(wiring, "keep_house", keeper)
+    async with wiring.open_rooms(Settings(store="memory"), FakeEncoder()):
         async with asyncio.timeout(PATIENCE_S):
             await came.wait()
         assert not left.is_set()
@@ -328,8 +329,8 @@ async def test_what_waits_when_the_service_stops_is_delivered_even_if_the_housek
             await asyncio.Event().wait()
 
     monkeypatch.setattr(maintenance, "TICK_S", 0.001)
-    monkeypatch.setattr(app, "keep_house", keep_house)
-    async with app.open_rooms(Settings(store="memory"), FakeEncoder()) as rooms:
+    monkeypatch.setattr(wiring, "keep_house", keep_house)
+    async with wiring.open_rooms(Settings(store="memory"), FakeEncoder()) as rooms:
         await configuration.put_tenant(rooms, "zoo", TenantConfig(classes=(ClassSpec(name="red"),), slots=9))
         await house.learn(rooms, "0")
         house.store.leave()

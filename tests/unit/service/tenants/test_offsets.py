@@ -17,19 +17,18 @@ from core.errors import IncompatibleMemory
 from core.memory.codec import decode_features
 from core.numerics import entropy
 from core.readout.projection import Projection, project_text
-from service.background import reindex
 from service.classify import ClassifyCall, classify
+from service.domain.memory import StoredMemory, StoredOffsets, Training
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import InvalidRequest, LimitExceeded
-from service.memory.cache import encode_offsets, projection_of
-from service.serialization import reader
+from service.memory.convert import encode_offsets, held_bytes, projection_of
+from service.serialization import reader, writer
 from service.services import Rooms
 from service.settings import Settings
-from service.stores.protocol import StoredMemory, StoredOffsets, Training
-from service.tenants import configuration, snapshots
+from service.tenants import configuration, reindex, reset, shots, snapshots
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.replicas import PATIENCE_S, Replicas, replicas
-from tests.unit.service.serialization.test_reader import CAT, CREATED, DIM, DOG, Raw, given, memory
+from tests.unit.service.serialization.test_serialization import CAT, CREATED, DIM, DOG, Raw, given, memory
 from tests.unit.service.tenants.test_configuration import colours, stored
 
 ABOUT = Training(id="t1", created=1.0, seed=0, epochs=20, learning_rate=1e-4, shots=4, dim=FakeEncoder.dim)
@@ -142,7 +141,7 @@ async def test_stored_slots_are_scored_anew_under_the_offsets_and_again_without_
             assert slot.entropy == pytest.approx(entropy(p).item(), rel=1e-5)
             count += 1
     assert count == sum(map(len, before.slots.values()))
-    await configuration.reset(rooms, "zoo", dynamic=False, static=True, classes=None)
+    await reset.reset(rooms, "zoo", dynamic=False, static=True, classes=None)
     after = await stored(rooms)
     assert after.record.labelling == after.record.due_labelling == after.record.config.labelling
     entropies = {slot.id: slot.entropy for bank in before.slots.values() for slot in bank}
@@ -185,10 +184,10 @@ async def test_offsets_count_against_the_limit_of_a_tenant(house: Replicas) -> N
     rooms = await house.open(tenant_max_bytes=3 * row + 10)
     await configuration.put_tenant(rooms, "zoo", colours(*NAMES))
     await swap_in(rooms, offsets(3))
-    assert configuration.held_bytes(await stored(rooms), FakeEncoder.dim) == 3 * row
-    shot = configuration.LabelledImage(label="red", image=picture("red", 1))
+    assert held_bytes(await stored(rooms), FakeEncoder.dim) == 3 * row
+    shot = shots.LabelledImage(label="red", image=picture("red", 1))
     with pytest.raises(LimitExceeded):
-        await configuration.add_shots(rooms, "zoo", [shot], deadline=rooms.clock() + 60)
+        await shots.add_shots(rooms, "zoo", [shot], deadline=rooms.clock() + 60)
     assert {one.learned.outcome for one in await ask(rooms)} == {"skipped"}
 
 
@@ -213,7 +212,7 @@ async def test_offsets_of_another_size_than_the_encoder_s_are_not_brought_in(roo
         memory().record, config=config, fingerprint=rooms.encoder.fingerprint, training=replace(ABOUT, dim=DIM)
     )
     odd = StoredMemory(record=record, slots={}, shots={}, offsets=StoredOffsets(training=record.training))
-    reader.write(odd, tmp_path / "odd", created=CREATED)
+    writer.write(odd, tmp_path / "odd", created=CREATED)
     with pytest.raises(InvalidRequest, match="this encoder has"):
         await snapshots.bring_in(rooms, "zoo", tmp_path / "odd")
     assert await rooms.store.get("zoo") is None
@@ -232,9 +231,9 @@ def trained_memory(*, both: bool = True) -> StoredMemory:
 @pytest.mark.parametrize("both", [False, True])
 def test_a_file_with_offsets_is_read_back_as_it_was(tmp_path: Path, *, both: bool) -> None:
     kept = trained_memory(both=both)
-    size = reader.write(kept, tmp_path / "file", created=CREATED)
+    size = writer.write(kept, tmp_path / "file", created=CREATED)
     assert reader.read(tmp_path / "file", settings=Settings()) == kept
-    assert size == reader.size_of(kept, created=CREATED)
+    assert size == writer.size_of(kept, created=CREATED)
 
 
 def about(**changed: Any) -> dict[str, str]:
@@ -286,6 +285,6 @@ def test_a_file_with_hostile_offsets_is_refused(
 
 
 def test_offsets_count_among_the_bytes_of_a_file(tmp_path: Path) -> None:
-    reader.write(trained_memory(), tmp_path / "file", created=CREATED)
+    writer.write(trained_memory(), tmp_path / "file", created=CREATED)
     with pytest.raises(LimitExceeded, match="holds 230 bytes"):
         reader.read(tmp_path / "file", settings=Settings(tenant_max_bytes=229))

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from core.memory.codec import encode_feature
 from core.numerics import unit
+from service.domain.memory import StoredBank, StoredSlot
+from service.domain.records import SnapshotInfo
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import FingerprintMismatch, InvalidRequest, LimitExceeded, ServiceError, UnknownSnapshot
-from service.inference.predictor import Question
+from service.inference.results import Question
 from service.services import Rooms
-from service.stores.protocol import PushCandidate, SnapshotInfo, StoredBank, StoredSlot
-from service.tenants import configuration, snapshots
-from service.tenants.configuration import LabelledImage
+from service.stores.protocol import PushCandidate
+from service.tenants import configuration, reset, snapshots
+from service.tenants.shots import LabelledImage, add_shots, remove_label
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.replicas import PATIENCE_S, Replicas, replicas
 
@@ -60,10 +62,10 @@ async def zoo(house: House, rooms: Rooms) -> Rooms:
     """Return rooms with a tenant that has slots, shots with images, and a barred slot."""
     await configuration.put_tenant(rooms, "zoo", colours())
     shots = [LabelledImage(label=name, image=picture(name, n)) for n, name in enumerate(NAMES)]
-    await configuration.add_shots(rooms, "zoo", shots, deadline=FOREVER)
+    await add_shots(rooms, "zoo", shots, deadline=FOREVER)
     await house.learn("1", "2", "3")
     await house.learn("4", class_=GREEN)
-    await configuration.purge(rooms, "zoo", "red", "3")
+    await reset.purge(rooms, "zoo", "red", "3")
     return rooms
 
 
@@ -94,10 +96,8 @@ async def upset(house: House, rooms: Rooms) -> None:
     await house.learn(*(f"blue{n}" for n in range(20)), class_=BLUE, seed=100)
     await configuration.remove_class(rooms, "zoo", "green")
     await configuration.add_classes(rooms, "zoo", [ClassSpec(name="yellow", prompts=("a lemon.",))])
-    await configuration.add_shots(
-        rooms, "zoo", [LabelledImage(label="yellow", image=picture("yellow"))], deadline=FOREVER
-    )
-    await configuration.remove_label(rooms, "zoo", "red")
+    await add_shots(rooms, "zoo", [LabelledImage(label="yellow", image=picture("yellow"))], deadline=FOREVER)
+    await remove_label(rooms, "zoo", "red")
 
 
 # Taking and looking ---------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ async def test_a_memory_that_waits_to_be_rescored_comes_back_as_one_that_waits(h
     )
     before = await house.whole()
     info = await snapshots.take(zoo, "zoo")
-    await configuration.reset(zoo, "zoo", dynamic=True, static=True, classes=None)
+    await reset.reset(zoo, "zoo", dynamic=True, static=True, classes=None)
     record, _ = await snapshots.restore(zoo, "zoo", info.id)
     assert await house.whole() == before
     assert record.labelling != record.config.labelling
@@ -226,7 +226,7 @@ async def test_nothing_is_lost_that_cannot_be_saved(house: House) -> None:
     small = await house.open(snapshot_max_bytes=10)
     before = await house.memory()
     with pytest.raises(LimitExceeded):
-        await configuration.reset(small, "zoo", dynamic=True, static=True, classes=None)
+        await reset.reset(small, "zoo", dynamic=True, static=True, classes=None)
     with pytest.raises(LimitExceeded):
         await configuration.remove_class(small, "zoo", "red")
     assert await house.memory() == before
@@ -261,7 +261,7 @@ async def test_one_is_taken_before_whatever_loses_something(house: House, zoo: R
         (
             lambda: configuration.remove_class(zoo, "zoo", "blue"),
             lambda: configuration.put_tenant(zoo, "zoo", colours("red", "blue")),
-            lambda: configuration.reset(zoo, "zoo", dynamic=True, static=False, classes=["red"]),
+            lambda: reset.reset(zoo, "zoo", dynamic=True, static=False, classes=["red"]),
             lambda: snapshots.bring_in(zoo, "zoo", path),
         )
     ):
@@ -292,7 +292,7 @@ async def test_what_loses_nothing_takes_none(house: House, zoo: Rooms) -> None:
     await configuration.add_classes(zoo, "zoo", [ClassSpec(name="yellow")])
     await configuration.put_tenant(zoo, "empty", colours())
     await configuration.remove_class(zoo, "empty", "red")
-    _, saved = await configuration.reset(zoo, "empty", dynamic=True, static=True, classes=None)
+    _, saved = await reset.reset(zoo, "empty", dynamic=True, static=True, classes=None)
     assert saved is None
     assert await house.reasons() == []
     assert list(await house.store.snapshots("empty")) == []
@@ -301,7 +301,7 @@ async def test_what_loses_nothing_takes_none(house: House, zoo: Rooms) -> None:
 @pytest.mark.usefixtures("zoo")
 async def test_none_is_taken_where_none_is_to_be_kept(house: House) -> None:
     without = await house.open(snapshots=0)
-    _, saved = await configuration.reset(without, "zoo", dynamic=True, static=True, classes=None)
+    _, saved = await reset.reset(without, "zoo", dynamic=True, static=True, classes=None)
     assert saved is None
     assert await house.reasons() == []
 
@@ -309,7 +309,7 @@ async def test_none_is_taken_where_none_is_to_be_kept(house: House) -> None:
 async def test_what_a_refused_change_would_have_lost_is_not_saved_either(house: House, zoo: Rooms) -> None:
     for refused in (
         lambda: configuration.remove_class(zoo, "zoo", "yellow"),
-        lambda: configuration.reset(zoo, "zoo", dynamic=True, static=True, classes=["yellow"]),
+        lambda: reset.reset(zoo, "zoo", dynamic=True, static=True, classes=["yellow"]),
     ):
         with pytest.raises(ServiceError):
             await refused()  # type: ignore[no-untyped-call]
@@ -447,7 +447,7 @@ async def test_a_tenant_in_use_never_misses_one(house: House, zoo: Rooms) -> Non
     await snapshots.on_schedule(zoo, "zoo")
     for day in range(20):
         await house.learn(f"day{day}", seed=day)
-        await configuration.reset(zoo, "zoo", dynamic=True, static=False, classes=["green"])
+        await reset.reset(zoo, "zoo", dynamic=True, static=False, classes=["green"])
         await _periods(house, zoo, 1)
         last = (await house.store.snapshots("zoo"))[-1]
         assert (last.reason, last.created) == ("schedule", house.clock.now)

@@ -17,26 +17,17 @@ from torch import Tensor
 from core.memory.codec import decode_features, encode_feature
 from core.numerics import unit
 from core.snapshot import Snapshot
-from service.background import reindex
 from service.background.jobs import Report
 from service.classify import ClassifyCall, classify
+from service.domain.memory import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot
+from service.domain.records import Job, JobState
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import Contended
-from service.inference.predictor import Reading
-from service.memory.cache import origin_of
+from service.inference.results import Reading
+from service.memory.fingerprint import origin_of
 from service.services import Rooms
-from service.stores.protocol import (
-    Conflict,
-    Job,
-    JobState,
-    PushCandidate,
-    Stamp,
-    StoredBank,
-    StoredMemory,
-    StoredShot,
-    StoredSlot,
-)
-from service.tenants import configuration
+from service.stores.protocol import Conflict, PushCandidate
+from service.tenants import configuration, reindex
 from tests.support.fakes import FakeEncoder, picture
 from tests.support.replicas import PATIENCE_S, Replicas, replicas
 
@@ -532,7 +523,7 @@ async def test_a_shot_whose_image_cannot_be_read_is_dropped_and_named(house: Hou
 async def _in_between(house: House, newer: Rooms, monkeypatch: pytest.MonkeyPatch, count: int) -> tuple[Job, Door]:
     """Return the job that reads so many images, four at a time, and the door that holds it at the sixth."""
     monkeypatch.setattr(reindex, "_SHOTS", 4)
-    monkeypatch.setattr(configuration, "_SOON_S", 0.0)
+    monkeypatch.setattr(reindex, "_SOON_S", 0.0)
     door = Door(monkeypatch, at=6)
     job = await changed(house, newer, [shot(n) for n in range(count)])
     assert job is not None
@@ -623,7 +614,7 @@ async def test_callers_come_before_it_when_the_server_is_full(
         return 0.001
 
     monkeypatch.setattr(newer.batcher, "retry_after_s", soon)
-    monkeypatch.setattr(configuration, "_SOON_S", 0.0)
+    monkeypatch.setattr(reindex, "_SOON_S", 0.0)
     with newer.batcher.admit(newer.settings.tenant_queue_images, tenant="zoo"):
         job = await changed(house, newer, [shot(1)])
         assert job is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,15 +18,9 @@ from core.classify import label_scores
 from core.memory.codec import encode_feature
 from core.numerics import entropy
 from core.snapshot import Snapshot
-from service.errors import Contended, Internal, QueueFull
-from service.images.decode import ImageFault
-from service.memory.cache import origin_of, snapshot_of, stack_features
-from service.memory.statistics import encode
-from service.services import Rooms
-from service.stores.protocol import (
-    Conflict,
-    Job,
-    ReloadNeeded,
+from service.background.jobs import Report
+from service.domain.memory import (
+    Stamp,
     StoredBank,
     StoredMemory,
     StoredShot,
@@ -33,9 +28,21 @@ from service.stores.protocol import (
     StoredStatistics,
     TenantRecord,
 )
+from service.domain.records import Job, JobState
+from service.errors import (
+    Contended,
+    Internal,
+    QueueFull,
+    ServiceError,
+    UnknownJob,
+    UnknownTenant,
+)
+from service.images.errors import ImageFault
+from service.memory.convert import encode, snapshot_of, stack_features
+from service.memory.fingerprint import origin_of
+from service.services import Rooms
+from service.stores.protocol import Conflict, ReloadNeeded
 from service.telemetry import logs
-
-from .jobs import Report
 
 _TRIES = 20
 _CLAIM_S = 60.0
@@ -215,3 +222,39 @@ async def _drop(rooms: Rooms, tenant: str) -> None:
     """Forget the hot memory, also one that is being loaded: it may have been read before."""
     async with rooms.archive.exclusive(tenant):
         rooms.archive.drop(tenant)
+
+
+_SOON_S = 1.0
+"""How long a change waits for the upkeep that it causes."""
+
+
+async def reindex_if_due(rooms: Rooms, old: TenantRecord | None, record: TenantRecord) -> Job | None:
+    """Start what a changed memory is due for, and give it a moment; return its job if it is not done by then."""
+    read_anew = old is not None and old.fingerprint != record.fingerprint
+    if record.labelling == record.due_labelling and not read_anew:
+        return None
+    return await reindex_soon(rooms, record.name)
+
+
+async def reindex_soon(rooms: Rooms, tenant: str) -> Job | None:
+    """Start the upkeep that a tenant's memory is due for, and return its job if it is not done in a moment."""
+    with suppress(UnknownTenant, UnknownJob):  # removed since, by someone else: then nothing has to be done
+        job = await resume(rooms, tenant)
+        if job is not None:
+            await rooms.jobs.wait(job.id, _SOON_S)
+            now = await rooms.jobs.get(tenant, job.id)
+            return None if now.state is JobState.DONE else now
+    return None
+
+
+async def rescore_if_due(rooms: Rooms, tenant: str) -> Stamp:
+    """Have slots scored anew if the shots that there are now label them otherwise; return where the memory is then.
+
+    Of a small memory that is done by the time of the answer. What fails is tried again by whoever meets the memory.
+    """
+    record = await rooms.archive.record(tenant)
+    if record.labelling == record.due_labelling:
+        return record.stamp
+    with suppress(ServiceError):
+        await reindex_soon(rooms, tenant)
+    return (await rooms.archive.record(tenant)).stamp

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from core.errors import IncompatibleMemory
+from service.domain.memory import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot, TenantRecord
 from service.domain.tenant import ClassSpec, TenantConfig, class_id
 from service.errors import InvalidRequest, LimitExceeded
-from service.serialization import reader
+from service.serialization import checks, container, reader, writer
 from service.settings import Settings
-from service.stores.protocol import Stamp, StoredBank, StoredMemory, StoredShot, StoredSlot, TenantRecord
 
 CREATED = "2026-01-02T03:04:05+00:00"
 DIM = 4
@@ -102,21 +102,21 @@ KINDS = {
 
 @pytest.mark.parametrize("stored", KINDS.values(), ids=KINDS)
 def test_what_was_written_is_read_back_as_it_was(stored: StoredMemory, path: Path) -> None:
-    reader.write(stored, path, created=CREATED)
+    writer.write(stored, path, created=CREATED)
     assert read(path) == stored
 
 
 def test_minus_zero_stays_minus_zero(path: Path) -> None:
-    reader.write(memory(), path, created=CREATED)
+    writer.write(memory(), path, created=CREATED)
     assert math.copysign(1.0, read(path).slots[CAT].entropies[0]) == -1.0
 
 
 def test_the_parts_make_the_file_and_all_but_the_last_are_of_one_size(path: Path) -> None:
-    count = reader.write(memory(), path, created=CREATED)
+    count = writer.write(memory(), path, created=CREATED)
     whole = path.read_bytes()
-    assert len(whole) == count == reader.size_of(memory(), created=CREATED)
+    assert len(whole) == count == writer.size_of(memory(), created=CREATED)
     for size in (1, 7, 512, count - 1, count, count + 1):
-        found = list(reader.parts(memory(), created=CREATED, size=size))
+        found = list(writer.parts(memory(), created=CREATED, size=size))
         assert b"".join(found) == whole
         assert {len(part) for part in found[:-1]} <= {size}
         assert 0 < len(found[-1]) <= size
@@ -130,13 +130,13 @@ def test_the_same_memory_and_time_make_the_same_bytes_in_whatever_order_it_was_p
         slots=dict(reversed(stored.slots.items())),
         shots=dict(reversed(stored.shots.items())),
     )
-    made = b"".join(reader.parts(one, created=CREATED))
-    assert b"".join(reader.parts(turned, created=CREATED)) == made
-    assert b"".join(reader.parts(one, created="2026-01-02")) != made
+    made = b"".join(writer.parts(one, created=CREATED))
+    assert b"".join(writer.parts(turned, created=CREATED)) == made
+    assert b"".join(writer.parts(one, created="2026-01-02")) != made
 
 
 def test_the_library_opens_a_file_and_finds_the_columns(path: Path) -> None:
-    reader.write(memory(), path, created=CREATED)
+    writer.write(memory(), path, created=CREATED)
     with safe_open(path, "numpy") as file:
         said = file.metadata()
     found = load_file(path)
@@ -153,7 +153,7 @@ def test_the_library_opens_a_file_and_finds_the_columns(path: Path) -> None:
 
 
 def test_every_column_begins_where_its_type_should(path: Path) -> None:
-    reader.write(memory(), path, created=CREATED)
+    writer.write(memory(), path, created=CREATED)
     header, start = head_of(path.read_bytes())
     sizes = {"F64": 8, "I64": 8, "I32": 4, "F16": 2, "U8": 1}
     entries = [entry for name, entry in header.items() if name != "__metadata__"]
@@ -162,7 +162,7 @@ def test_every_column_begins_where_its_type_should(path: Path) -> None:
 
 
 def test_a_file_that_the_library_wrote_is_read_too(path: Path) -> None:
-    reader.write(memory(), path, created=CREATED)
+    writer.write(memory(), path, created=CREATED)
     with safe_open(path, "numpy") as file:
         said = file.metadata()
     again = path.with_name("again")
@@ -171,14 +171,14 @@ def test_a_file_that_the_library_wrote_is_read_too(path: Path) -> None:
 
 
 def test_the_feature_size_is_that_of_the_first_feature() -> None:
-    assert [reader.dim_of(stored) for stored in KINDS.values()] == [DIM, None, None, DIM, DIM, None, None]
+    assert [writer.dim_of(stored) for stored in KINDS.values()] == [DIM, None, None, DIM, DIM, None, None]
 
 
 def test_slots_that_another_label_set_scored_may_be_more_than_there_will_be(path: Path) -> None:
     """A configuration that has fewer slots and other classes takes the best of them once they are scored anew."""
     config = replace(memory().record.config, slots=2)
     stored = replace(memory(), record=replace(memory().record, config=config, labelling="earlier"))
-    reader.write(stored, path, created=CREATED)
+    writer.write(stored, path, created=CREATED)
     assert read(path) == stored
     with pytest.raises(InvalidRequest, match="'cat' has 3 slots in the file; at most 2"):
         read(path, LIMITS.model_copy(update={"max_slots": 2}))
@@ -192,34 +192,34 @@ def test_an_entropy_may_lie_outside_its_range_by_what_rounding_does(path: Path) 
 def test_what_no_class_owns_and_empty_banks_are_left_out(path: Path) -> None:
     stored = memory()
     more = replace(stored, slots={**stored.slots, DOG: StoredBank()}, barred=stored.barred | {(class_id("gone"), "a")})
-    reader.write(more, path, created=CREATED)
+    writer.write(more, path, created=CREATED)
     assert read(path) == stored
 
 
 def test_a_memory_that_was_loaded_without_its_images_is_not_written(path: Path) -> None:
     shots = {DOG: (StoredShot(id="s", class_id=DOG, feature=feature(1), kept=5),)}
     with pytest.raises(ValueError, match="without the images"):
-        reader.write(emptied(shots=shots), path, created=CREATED)
+        writer.write(emptied(shots=shots), path, created=CREATED)
     assert not path.exists()
 
 
 def test_features_of_two_sizes_are_not_written(path: Path) -> None:
     shots = {DOG: (StoredShot(id="s", class_id=DOG, feature=feature(1, DIM + 1)),)}
     with pytest.raises(IncompatibleMemory, match="expected 4 entries"):
-        reader.write(replace(memory(), shots=shots), path, created=CREATED)
+        writer.write(replace(memory(), shots=shots), path, created=CREATED)
     assert not path.exists()
 
 
 def test_a_configuration_that_no_header_could_hold_is_not_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "HEADER_BYTES", 1000)
+    monkeypatch.setattr(writer, "HEADER_BYTES", 1000)
     with pytest.raises(LimitExceeded, match="Remove classes or sentences"):
-        reader.write(memory(), path, created=CREATED)
+        writer.write(memory(), path, created=CREATED)
     assert not path.exists()
 
 
 def test_a_header_longer_than_the_library_takes_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reader.write(memory(), path, created=CREATED)
-    monkeypatch.setattr(reader, "HEADER_BYTES", 1000)
+    writer.write(memory(), path, created=CREATED)
+    monkeypatch.setattr(container, "HEADER_BYTES", 1000)
     with pytest.raises(InvalidRequest, match="a header may have 1000"):
         read(path)
 
@@ -241,7 +241,7 @@ def test_slots_that_another_label_set_scored_may_be_less_sure_than_this_one_coul
 
 def test_exactly_the_limits_are_allowed(path: Path) -> None:
     stored = memory()
-    reader.write(stored, path, created=CREATED)
+    writer.write(stored, path, created=CREATED)
     exact = Settings(max_classes=3, max_prompts=7, max_slots=3, max_shots=2, tenant_max_bytes=7 * DIM * 2 + 14)
     assert read(path, exact) == stored
 
@@ -294,7 +294,7 @@ def given(
     stored: StoredMemory | None = None,
 ) -> None:
     """Write a file whose columns and metadata differ from those of a good one; None leaves one out."""
-    reader.write(stored or memory(), path, created=CREATED)
+    writer.write(stored or memory(), path, created=CREATED)
     metadata, known = columns_of(path.read_bytes())
     changed = {name: raw(own) if isinstance(own, np.ndarray) else own for name, own in (columns or {}).items()}
     header: dict[str, Any] = {
@@ -414,7 +414,7 @@ def test_columns_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize("row", range(5))
 def test_no_feature_of_many_is_overlooked(row: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_CHECKED_ENTRIES", 2 * DIM)
+    monkeypatch.setattr(checks, "CHECKED_ENTRIES", 2 * DIM)
     given(path, {"dynamic.features": spoilt(0.9, row)})
     with pytest.raises(InvalidRequest, match="has not the length 1"):
         read(path)
@@ -524,7 +524,7 @@ def test_more_than_a_tenant_may_have_is_refused(settings: Settings, words: str, 
 
 def edited(change: Callable[[dict[str, Any]], None]) -> bytes:
     """Return a good file whose header was changed and whose body was not."""
-    data = b"".join(reader.parts(memory(), created=CREATED))
+    data = b"".join(writer.parts(memory(), created=CREATED))
     header, start = head_of(data)
     change(header)
     return packed(header, data[start:])
@@ -534,7 +534,7 @@ def entry(name: str, **changed: Any) -> bytes:
     return edited(lambda header: header[name].update(changed))
 
 
-GOOD = b"".join(reader.parts(memory(), created=CREATED))
+GOOD = b"".join(writer.parts(memory(), created=CREATED))
 HEAD, END = head_of(GOOD)
 TEXT = GOOD[8:END]
 SIZE = len(GOOD) - END
@@ -613,7 +613,7 @@ def test_a_header_of_what_a_great_configuration_takes_is_read(path: Path) -> Non
     specs = tuple(ClassSpec(name=f"class {n}", prompts=(sentence.strip(),) * 128) for n in range(200))
     config = TenantConfig(classes=specs)
     stored = emptied(record=replace(memory().record, config=config, labelling=config.labelling))
-    reader.write(stored, path, created=CREATED)
+    writer.write(stored, path, created=CREATED)
     assert read(path, Settings(max_classes=200)) == stored
 
 
